@@ -1,0 +1,156 @@
+"""Whole-volume latent sampling: tiled encode, windows blended in the prediction, tiled decode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from monai.inferers import Inferer, sliding_window_inference
+from torch import Tensor
+from tqdm import tqdm
+
+from custom_modules.synthesizer import Synthesizer
+
+
+class LatentSamplingInferer(Inferer):
+    """MR to synthetic CT for volumes of any size.
+
+    ``whole``: one latent and one noise field for the patient. In each DDIM step the network's output is computed in
+    overlapping windows, blended with a Gaussian, and the step is taken once on the whole latent, so that windows
+    never disagree about the sample. ``windows``: every window is encoded, sampled and decoded on its own, and the
+    images are blended; kept as the baseline that the first replaces.
+
+    Windows that hold no body are not computed: their output is the one that stands for air.
+
+    Args:
+        roi_size: window, in image voxels; rounded up to what the networks divide by.
+        overlap: share of a window that neighbours have in common, in [0, 1).
+        sampling: ``whole`` or ``windows``.
+        num_inference_steps: DDIM steps.
+        num_samples: latents drawn; the answer is the mean of their images.
+        seed: of the noise, which is drawn on the CPU and so is the same on every device.
+        tile_size: largest image tile that is encoded or decoded at once, in voxels.
+        sw_batch_size: windows a batch.
+        amp: bfloat16 autocast.
+        progress: show a bar over the steps.
+
+    Raises:
+        ValueError: for an unknown ``sampling``, an overlap outside [0, 1) or a negative seed.
+    """
+
+    def __init__(
+        self,
+        roi_size: Sequence[int] = (64, 64, 64),
+        overlap: float = 0.5,
+        sampling: str = "whole",
+        num_inference_steps: int = 1,
+        num_samples: int = 1,
+        seed: int = 0,
+        tile_size: Sequence[int] = (128, 128, 128),
+        sw_batch_size: int = 4,
+        amp: bool = True,
+        progress: bool = True,
+    ) -> None:
+        super().__init__()
+        if sampling not in ("whole", "windows"):
+            raise ValueError(f"sampling must be 'whole' or 'windows', got '{sampling}'")
+        if not 0 <= overlap < 1:
+            raise ValueError(f"overlap must be in [0, 1), got {overlap}")
+        if seed < 0 or num_samples < 1:
+            raise ValueError(f"seed must be 0 or more and num_samples 1 or more, got {seed} and {num_samples}")
+        self.roi_size, self.overlap, self.sampling = tuple(roi_size), overlap, sampling
+        self.num_inference_steps, self.num_samples, self.seed = num_inference_steps, num_samples, seed
+        self.tile_size, self.sw_batch_size = tuple(tile_size), sw_batch_size
+        self.amp, self.progress = amp, progress
+
+    @torch.inference_mode()
+    def __call__(self, inputs: Tensor, network: Synthesizer, body: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Synthesise one volume.
+
+        Args:
+            inputs: MR (1, 1, D, H, W) in [-1, 1].
+            network: the bundle's ``network_def``.
+            body: mask of the same shape; voxels outside it need not be computed. Everything when None.
+
+        Returns:
+            Synthetic CT (1, 1, D, H, W) in [-1, 1].
+        """
+        network.eval()
+        mr = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
+        body = torch.ones_like(mr) if body is None else (body.as_tensor() if hasattr(body, "as_tensor") else body).to(mr)
+        unit = network.downsampling
+        roi_size = [-(-size // unit) * unit for size in self.roi_size]
+        padded = [max(roi, -(-size // unit) * unit) for roi, size in zip(roi_size, mr.shape[2:])]
+        before = [(p - size) // 2 for p, size in zip(padded, mr.shape[2:])]
+        margins = [m for b, p, size in zip(before, padded, mr.shape[2:]) for m in (b, p - size - b)][::-1]
+        margins = [margins[i + 1 - 2 * (i % 2)] for i in range(6)]  # F.pad: last axis first, each (before, after)
+        mr, body = (F.pad(x, margins, mode="replicate") for x in (mr, body))
+        generator = torch.Generator().manual_seed(self.seed)
+        with torch.autocast(mr.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            road = self._whole if self.sampling == "whole" else self._windows
+            ct = road(mr, body, network, roi_size, generator)
+        return ct[(..., *(slice(b, b + size) for b, size in zip(before, inputs.shape[2:])))]
+
+    def _steps(self, steps):
+        return tqdm(steps, desc="sampling", unit="step", disable=not self.progress)
+
+    def _noise(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.randn(like.shape, generator=generator).to(like)
+
+    def _whole(self, mr: Tensor, body: Tensor, network: Synthesizer, roi_size: list[int], generator: torch.Generator) -> Tensor:
+        f = network.autoencoder.downsampling
+        z_mr = self._tiled(mr, lambda tile: network.encode(tile, "MR"), [min(t, s) for t, s in zip(self.tile_size, mr.shape[2:])])
+        latent_body = F.max_pool3d(body, f)
+        air = network.air_latent().expand_as(z_mr)
+        window = [size // f for size in roi_size]
+        total: Tensor | float = 0.0
+        for _ in range(self.num_samples):
+
+            def predict(z: Tensor, t: int) -> Tensor:
+                stack = torch.cat([z, z_mr, network.schedule.output_for(air, z, t), latent_body], dim=1)
+                return sliding_window_inference(
+                    stack, window, self.sw_batch_size, lambda w: self._predict_windows(w, network, t),
+                    self.overlap, mode="gaussian",
+                )  # fmt: skip
+
+            z = network.schedule.sample(predict, self._noise(z_mr, generator), self.num_inference_steps, self._steps)
+            tile = [min(t // f, s) for t, s in zip(self.tile_size, z.shape[2:])]
+            total = total + self._tiled(z, network.decode, tile)
+        return total / self.num_samples
+
+    @staticmethod
+    def _predict_windows(stack: Tensor, network: Synthesizer, t: int) -> Tensor:
+        """Windows of (z, z_mr, output that stands for air, body): the network where there is body, else air."""
+        c = network.autoencoder.latent_channels
+        z, z_mr, output, body = stack.split([c, c, c, 1], dim=1)
+        inside = body.flatten(1).any(dim=1)
+        output = output.clone()
+        if inside.any():
+            output[inside] = network.predict(z[inside], t, z_mr[inside]).to(output.dtype)
+        return output
+
+    def _tiled(self, x: Tensor, predictor, tile: list[int]) -> Tensor:
+        if list(x.shape[2:]) == tile:
+            return predictor(x)
+        return sliding_window_inference(x, tile, 1, predictor, overlap=0.25, mode="gaussian", sigma_scale=0.25)
+
+    def _windows(self, mr: Tensor, body: Tensor, network: Synthesizer, roi_size: list[int], generator: torch.Generator) -> Tensor:
+        def synthesize(stack: Tensor) -> Tensor:
+            image, mask = stack.split(1, dim=1)
+            inside = mask.flatten(1).any(dim=1)
+            ct = torch.full_like(image, -1.0)
+            if inside.any():
+                z_mr = network.encode(image[inside], "MR")
+                predict = lambda z, t: network.predict(z, t, z_mr)  # noqa: E731
+                samples = [
+                    network.decode(network.schedule.sample(predict, self._noise(z_mr, generator), self.num_inference_steps))
+                    for _ in range(self.num_samples)
+                ]
+                ct[inside] = torch.stack(samples).mean(0).to(ct.dtype)
+            return ct
+
+        stack = torch.cat([mr, body], dim=1)
+        return sliding_window_inference(
+            stack, roi_size, self.sw_batch_size, synthesize, self.overlap, mode="gaussian", progress=self.progress
+        )

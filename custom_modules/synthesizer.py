@@ -1,0 +1,98 @@
+"""The bundle's ``network_def``: autoencoder, denoiser, latent scale and schedule in one module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from custom_modules.autoencoder import WaveletAutoencoderKL
+from custom_modules.denoiser import LatentDenoiser
+from custom_modules.schedule import DDIMSchedule
+
+MODALITIES = ("MR", "CT")
+
+
+class Synthesizer(nn.Module):
+    """3D-WLDM, MR to synthetic CT, both (N, 1, D, H, W) in [-1, 1].
+
+    Latents inside are normalised: every channel has mean 0 and standard deviation 1 over the training set, by
+    statistics that are computed once (:meth:`set_latent_scale`) and stored with the weights.
+
+    Args:
+        autoencoder, denoiser, schedule: the parts; the defaults of each when None.
+        hu_window: HU that the CT's [-1, 1] stands for; stored with the weights, which bring their own.
+        num_inference_steps: of :meth:`forward`.
+    """
+
+    def __init__(
+        self,
+        autoencoder: WaveletAutoencoderKL | None = None,
+        denoiser: LatentDenoiser | None = None,
+        schedule: DDIMSchedule | None = None,
+        hu_window: Sequence[float] = (-1000.0, 1600.0),
+        num_inference_steps: int = 1,
+    ) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder or WaveletAutoencoderKL()
+        channels = self.autoencoder.latent_channels
+        self.denoiser = denoiser or LatentDenoiser(latent_channels=channels)
+        self.schedule = schedule or DDIMSchedule()
+        self.num_inference_steps = num_inference_steps
+        self.register_buffer("hu_window", torch.tensor(hu_window))
+        self.register_buffer("latent_mean", torch.zeros(len(MODALITIES), channels))
+        self.register_buffer("latent_std", torch.ones(len(MODALITIES), channels))
+
+    @property
+    def downsampling(self) -> int:
+        """Image voxels that one voxel of the denoiser's coarsest scale covers, along each axis."""
+        return self.autoencoder.downsampling * self.denoiser.downsampling
+
+    def _scale(self, modality: str) -> tuple[Tensor, Tensor]:
+        row = MODALITIES.index(modality)
+        return self.latent_mean[row].view(1, -1, 1, 1, 1), self.latent_std[row].view(1, -1, 1, 1, 1)
+
+    def set_latent_scale(self, modality: str, latents: Tensor) -> None:
+        """Store mean and standard deviation of the channels of ``latents`` (N, c, ...), as the encoder gives them."""
+        row, channels = MODALITIES.index(modality), latents.transpose(0, 1).flatten(1)
+        self.latent_mean[row] = channels.mean(1)
+        self.latent_std[row] = channels.std(1).clamp_min(1e-6)
+
+    def encode(self, image: Tensor, modality: str) -> Tensor:
+        """Image to the normalised mean of its posterior (N, c, D/f, H/f, W/f)."""
+        mean, std = self._scale(modality)
+        return (self.autoencoder.encode(image)[0] - mean) / std
+
+    def decode(self, latent: Tensor, modality: str = "CT") -> Tensor:
+        """Normalised latent to image, clipped to [-1, 1]."""
+        mean, std = self._scale(modality)
+        return self.autoencoder.decode(latent * std + mean).clamp(-1, 1)
+
+    def to_hu(self, ct: Tensor) -> Tensor:
+        """CT in [-1, 1] to Hounsfield units."""
+        low, high = self.hu_window.tolist()
+        return (ct + 1) / 2 * (high - low) + low
+
+    def predict(self, z: Tensor, t: int, z_mr: Tensor) -> Tensor:
+        """The denoiser's output for the noisy CT latent ``z`` at timestep ``t`` under the condition ``z_mr``."""
+        timesteps = torch.full((len(z),), t, device=z.device)
+        return self.denoiser(torch.cat([z, z_mr], dim=1), timesteps)
+
+    def air_latent(self) -> Tensor:
+        """The normalised CT latent of air, (1, c, 1, 1, 1)."""
+        size = 8 * self.downsampling
+        air = torch.full((1, 1, size, size, size), -1.0, device=self.latent_mean.device)
+        centre = size // self.autoencoder.downsampling // 2
+        return self.encode(air, "CT")[:, :, centre, centre, centre, None, None, None]
+
+    def forward(self, mr: Tensor, noise: Tensor | None = None) -> Tensor:
+        """MR to synthetic CT without windows; D, H and W must be multiples of ``downsampling``.
+
+        Args:
+            noise: Z_CT^T; zeros, the mode of the prior, when None, so that a call has one answer.
+        """
+        z_mr = self.encode(mr, "MR")
+        z = torch.zeros_like(z_mr) if noise is None else noise
+        z = self.schedule.sample(lambda z, t: self.predict(z, t, z_mr), z, self.num_inference_steps)
+        return self.decode(z)

@@ -1,0 +1,275 @@
+"""Volumes in and out: finding them in a folder, reading them with care, writing them whole or not at all."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import Dataset, ITKWriter, MetaTensor, NibabelWriter, list_data_collate
+from monai.engines import SupervisedEvaluator
+from monai.transforms import LoadImage, MapTransform, SpatialResample
+
+logger = logging.getLogger(__name__)
+
+EXTENSIONS = (".nii.gz", ".nii", ".nrrd", ".mha")
+AIR_HU = -1000
+SPACING_LIMITS = (0.05, 50.0)  # mm; outside, a header is broken
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message is one line that names it and says what to do."""
+
+
+def _extension(name: str) -> str | None:
+    return next((e for e in EXTENSIONS if name.lower().endswith(e)), None)
+
+
+def _is_dicom(path: Path) -> bool:
+    """Whether the file carries DICOM's magic word after its preamble (PS3.10)."""
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def find_volumes(path: str | Path) -> list[dict[str, str]]:
+    """List the volumes under ``path``: a file, a folder of volumes (sub-folders too), or DICOM series, one a folder.
+
+    Returns:
+        For each volume ``image``, what to read, and ``output``, where its synthetic CT goes below the output
+        folder: ``a.nii.gz`` becomes ``a_sct.nii.gz``; a DICOM series becomes NIfTI under its folder's name.
+
+    Raises:
+        InputError: when nothing is there, or nothing that can be read.
+    """
+    root = Path(path)
+    if not str(path) or not root.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if root.is_file():
+        if _extension(root.name) is None:
+            raise InputError(f"{root}: not a volume; give {', '.join(EXTENSIONS)} or a folder with a DICOM series")
+        return [{"image": str(root), "output": _output_name(root.name)}]
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders.sort()
+        relative = Path(folder).relative_to(root)
+        names = sorted(name for name in names if not name.startswith("."))
+        volumes = [name for name in names if _extension(name)]
+        found += [{"image": str(Path(folder, n)), "output": str(relative / _output_name(n))} for n in volumes]
+        if not volumes and any(_is_dicom(Path(folder, name)) for name in names[:8]):
+            name = _output_name(Path(folder).resolve().name + EXTENSIONS[0])
+            found.append({"image": folder, "output": str(relative.parent / name)})
+    if not found:
+        raise InputError(f"{root}: holds no volume ({', '.join(EXTENSIONS)}) and no DICOM series")
+    return found
+
+
+def _output_name(name: str) -> str:
+    extension = _extension(name) or ""
+    return f"{name[: len(name) - len(extension)]}_sct{extension.lower()}"
+
+
+def read_volume(path: str | Path) -> MetaTensor:
+    """Read one 3D volume as (1, D, H, W) float32 with its affine (RAS mm).
+
+    Raises:
+        InputError: for a file that is missing, empty, unreadable or truncated; data that are not one 3D volume,
+            not finite, constant or all zero; a spacing of zero or outside 0.05 to 50 mm; a singular affine.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
+    if path.is_file() and path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty")
+    reader = "NibabelReader" if path.name.lower().endswith((".nii", ".nii.gz")) else "ITKReader"
+    try:
+        volume = LoadImage(reader=reader, image_only=True, dtype=torch.float32)(path)
+    except Exception as error:  # readers raise whatever their libraries do
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise InputError(f"{path}: cannot be read, damaged or not what its name says ({reason[:160]})") from error
+    if volume.ndim == 4 and volume.shape[-1] == 1:
+        volume = volume[..., 0]
+    check_volume(volume, str(path))
+    return volume[None]
+
+
+def check_volume(volume: MetaTensor, name: str) -> None:
+    """Raise :class:`InputError` unless ``volume`` is one sound 3D volume; see :func:`read_volume`."""
+    shape = tuple(volume.shape)
+    if volume.ndim != 3 or min(shape) < 2:
+        raise InputError(f"{name}: shape {shape} is not one 3D volume; give a single channel and time point")
+    affine = np.asarray(volume.affine, dtype=np.float64)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    header = np.asarray(volume.meta.get("pixdim", [1, *spacing]), dtype=np.float64)[1:4]
+    for values in (spacing, header):
+        if not np.isfinite(values).all() or not all(SPACING_LIMITS[0] <= s <= SPACING_LIMITS[1] for s in values):
+            text = " x ".join(f"{s:g}" for s in values)
+            raise InputError(f"{name}: spacing {text} mm is not usable; correct the header")
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
+        raise InputError(f"{name}: the affine is singular, its axes do not span a volume; correct the header")
+    if not torch.isfinite(volume).all():
+        raise InputError(f"{name}: holds {int((~torch.isfinite(volume)).sum())} NaN or infinite voxels")
+    if volume.min() == volume.max():
+        raise InputError(f"{name}: every voxel is {float(volume.min()):g}, there is no image in it")
+
+
+class ReadVolumed(MapTransform):
+    """Dictionary form of :func:`read_volume`; keeps the input's own grid for :class:`RestoreGridd`."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        data = dict(data)
+        for key in self.key_iterator(data):
+            volume = read_volume(data[key])
+            volume.meta["source_affine"] = volume.affine.clone()
+            volume.meta["source_shape"] = torch.tensor(volume.shape[1:])
+            data[key] = volume
+        return data
+
+
+class RestoreGridd(MapTransform):
+    """Resample ``keys`` once, from the grid of ``source`` back to the grid it was read on.
+
+    Voxels beyond the outermost samples take the nearest one: a field of view that cuts through the body ends in
+    tissue, not in air.
+    """
+
+    def __init__(self, keys: KeysCollection, source: str = "image") -> None:
+        super().__init__(keys)
+        self.source = source
+        self.resample = SpatialResample(mode="bilinear", padding_mode="border", align_corners=True, dtype=torch.float32)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        data = dict(data)
+        source = data[self.source]
+        shape = [int(size) for size in source.meta["source_shape"]]
+        for key in self.key_iterator(data):
+            on_grid = MetaTensor(torch.as_tensor(data[key]).float(), affine=source.affine)
+            data[key] = self.resample(on_grid, dst_affine=source.meta["source_affine"], spatial_size=shape)
+        return data
+
+
+class AirOutsideBodyd(MapTransform):
+    """Set ``keys`` (HU) to air where ``body`` is below one half, and round to int16."""
+
+    def __init__(self, keys: KeysCollection, body: str = "body") -> None:
+        super().__init__(keys)
+        self.body = body
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        data = dict(data)
+        for key in self.key_iterator(data):
+            hu = torch.where(data[self.body] < 0.5, torch.as_tensor(float(AIR_HU)), data[key])
+            data[key] = hu.round().to(torch.int16)
+        return data
+
+
+class SaveVolumed(MapTransform):
+    """Write ``keys`` below ``output_dir``, under the name in ``data["output"]``, by a temporary name and a rename."""
+
+    def __init__(self, keys: KeysCollection, output_dir: str | Path) -> None:
+        super().__init__(keys)
+        self.output_dir = Path(output_dir)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        for key in self.key_iterator(data):
+            target = self.output_dir / data["output"]
+            write_volume(data[key], target)
+            logger.info("%s -> %s", data["image"].meta["filename_or_obj"], target)
+        return dict(data)
+
+
+def write_volume(volume: MetaTensor, path: str | Path) -> None:
+    """Write (1, D, H, W) with its affine, in its own dtype, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    extension = _extension(path.name)
+    nifti = extension in (".nii", ".nii.gz")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{extension}")
+    array = np.asarray(volume)
+    writer = (NibabelWriter if nifti else ITKWriter)(output_dtype=array.dtype)
+    try:
+        writer.set_data_array(array, channel_dim=0, squeeze_end_dims=True)
+        writer.set_metadata({"affine": volume.affine, "original_affine": volume.affine}, resample=False)
+        writer.write(temporary, verbose=False)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class VolumeDataset(Dataset):
+    """Dataset whose broken items come out as ``{"image": path, "failure": message}`` instead of stopping the rest."""
+
+    def __getitem__(self, index: int) -> dict[Hashable, Any]:
+        item = self.data[index]
+        try:
+            return super().__getitem__(index)
+        except Exception as error:
+            return {"image": item["image"], "failure": one_line(error, item["image"])}
+
+
+def one_line(error: BaseException, name: str) -> str:
+    """The innermost cause of ``error`` as one line that names the file."""
+    while error.__cause__ is not None and not isinstance(error, InputError):
+        error = error.__cause__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if name in text else f"{name}: {text}"
+
+
+def collate(items: Sequence[dict[Hashable, Any]]) -> Any:
+    """A batch of one volume; a failure passes as it is."""
+    return items[0] if "failure" in items[0] else list_data_collate(items)
+
+
+class SynthesisEvaluator(SupervisedEvaluator):
+    """Evaluator that goes on after a volume that fails, and lists the failures at the end."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.failures: list[str] = []
+
+    def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict:
+        if "failure" not in batchdata:
+            name = batchdata["image"].meta["filename_or_obj"]
+            name = name if isinstance(name, str) else name[0]
+            try:
+                return super()._iteration(engine, batchdata)
+            except Exception as error:
+                batchdata = {"failure": one_line(error, name)}
+        self.failures.append(batchdata["failure"])
+        logger.error(batchdata["failure"])
+        return {}
+
+    def exit_on_failures(self) -> None:
+        """End the program with the list of what failed, if anything did."""
+        if self.failures:
+            total = self.state.epoch_length
+            stop(f"{len(self.failures)} of {total} volumes failed:\n" + "\n".join(f"  {f}" for f in self.failures))
+
+
+def stop(message: str) -> NoReturn:
+    """End the program with ``message`` on stderr and a non-zero exit, without a traceback."""
+    raise SystemExit(f"error: {message}")
+
+
+def volumes_or_stop(path: str | Path) -> list[dict[str, str]]:
+    """:func:`find_volumes` for configs: an :class:`InputError` ends the program with its one line."""
+    try:
+        return find_volumes(path)
+    except InputError as error:
+        stop(str(error))
+
+
+def writable_or_stop(path: str | Path) -> str:
+    """Make the output folder and try it; ends the program with one line where nothing can be written."""
+    probe = Path(path) / f".writable.{os.getpid()}"
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        stop(f"{path}: cannot write there ({error.strerror})")
+    return str(path)

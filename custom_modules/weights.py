@@ -1,0 +1,54 @@
+"""Weights on disk: state dicts only, loaded strictly, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from custom_modules.volumes import InputError, stop
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def load_weights(network: Network, path: str | Path) -> Network:
+    """Load a state dict strictly, ``weights_only=True``; half precision on disk becomes the network's own.
+
+    Raises:
+        InputError: when the file is missing or damaged, or does not fit the network.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such weights; train them (docs/training.md) or give --checkpoint")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"{path}: not readable as weights ({type(error).__name__}); fetch or train it again") from error
+    try:
+        network.load_state_dict(state, strict=True)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: weights of another network than the config describes ({reason})") from error
+    return network
+
+
+def load_weights_or_stop(network: Network, path: str | Path) -> Network:
+    """:func:`load_weights` for configs: an :class:`InputError` ends the program with its one line."""
+    try:
+        return load_weights(network, path)
+    except InputError as error:
+        stop(str(error))
+
+
+def save_weights(network: nn.Module, path: str | Path, dtype: torch.dtype = torch.float16) -> str:
+    """Write the network's state dict, floating point as ``dtype``, and return the file's SHA-256."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().cpu().to(dtype) if v.is_floating_point() else v for k, v in network.state_dict().items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
