@@ -1,0 +1,66 @@
+"""Pictures to look at: axial, coronal and sagittal planes of volumes side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+import nibabel as nib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+WINDOWS = {"HU": (-300.0, 900.0), "error": (-400.0, 400.0)}
+
+
+def _planes(volume: np.ndarray, centre: tuple[int, int, int]) -> list[np.ndarray]:
+    """Axial, coronal and sagittal plane of an RAS volume, as radiologists see them: patient's right on the left,
+    anterior or superior up."""
+    i, j, k = centre
+    return [volume[::-1, :, k].T[::-1], volume[::-1, j, :].T[::-1], volume[i, ::-1, :].T[::-1]]
+
+
+def montage(columns: Mapping[str, tuple[np.ndarray, str]], affine: np.ndarray, path: str | Path, title: str = "") -> Path:
+    """Write a PNG with a row a plane and a column a volume.
+
+    Args:
+        columns: title to (volume (D, H, W), kind), kind one of ``MR``, ``HU``, ``error``.
+        affine: of all volumes, voxel to RAS mm.
+    """
+    canonical = {}
+    for name, (volume, kind) in columns.items():
+        image = nib.as_closest_canonical(nib.Nifti1Image(np.asarray(volume, dtype=np.float32), affine))
+        canonical[name] = (image.get_fdata(dtype=np.float32), kind)
+        spacing = image.header.get_zooms()
+    shape = next(iter(canonical.values()))[0].shape
+    aspects = [spacing[1] / spacing[0], spacing[2] / spacing[0], spacing[2] / spacing[1]]
+    heights = [shape[1] * spacing[1], shape[2] * spacing[2], shape[2] * spacing[2]]
+    width = max(shape[0] * spacing[0], shape[1] * spacing[1])
+    scale = 3.2 / width
+    figure, axes = plt.subplots(
+        3, len(columns), figsize=(3.4 * len(columns), scale * sum(heights) + 0.8), squeeze=False,
+        gridspec_kw={"height_ratios": heights, "hspace": 0.03, "wspace": 0.03},
+    )  # fmt: skip
+    centre = _centre(np.asarray(next(iter(canonical.values()))[0]))
+    for column, (name, (volume, kind)) in enumerate(canonical.items()):
+        low, high = WINDOWS.get(kind, (0.0, float(np.percentile(volume, 99.5))))
+        for row, plane in enumerate(_planes(volume, centre)):
+            axis = axes[row, column]
+            cmap = "RdBu_r" if kind == "error" else "gray"
+            axis.imshow(plane, cmap=cmap, vmin=low, vmax=high, aspect=aspects[row], interpolation="nearest")
+            axis.set_axis_off()
+        unit = "" if kind == "MR" else f"\n{low:g} to {high:g} HU"
+        axes[0, column].set_title(f"{name}{unit}", fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=110, bbox_inches="tight", facecolor="white")
+    plt.close(figure)
+    return Path(path)
+
+
+def _centre(volume: np.ndarray) -> tuple[int, int, int]:
+    """The voxel in the middle of what is not background."""
+    inside = np.argwhere(volume > 0.1 * np.percentile(volume, 99))
+    return tuple(int(c) for c in np.median(inside, axis=0)) if len(inside) else tuple(s // 2 for s in volume.shape)

@@ -1,0 +1,59 @@
+"""``python -m bundle synthesize MR``: a synthetic CT and a picture of it, for people."""
+
+from __future__ import annotations
+
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bundle.montage import montage
+from bundle.workflow import inference_workflow
+from custom_modules.volumes import EXTENSIONS, InputError, find_volumes, read_volume
+
+
+def synthesize(mr: str, output: str = "eval", **settings: Any) -> None:
+    """Synthesise the CT of an MR and write a PNG of both beside it.
+
+    Args:
+        mr: a volume, a folder of volumes, or a folder with a DICOM series.
+        output: a folder, or for a single MR the file to write.
+        settings: of configs/inference.yaml, such as --num_inference_steps, --seed, --sampling or --device.
+    """
+    volumes = find_volumes(str(mr))
+    folder = Path(str(output))
+    if str(output).lower().endswith(EXTENSIONS):
+        if len(volumes) > 1:
+            raise InputError(f"{mr}: holds {len(volumes)} volumes; --output must then be a folder")
+        volumes[0]["output"], folder = folder.name, folder.parent
+    started = time.perf_counter()
+    workflow = inference_workflow(output_dir=str(folder), **{"dataset#data": volumes}, **settings)
+    failed: SystemExit | None = None
+    try:
+        workflow.run()
+    except SystemExit as error:  # some volumes failed: show the others first
+        failed = error
+    seconds = time.perf_counter() - started
+    for volume in volumes:
+        target = folder / volume["output"]
+        if target.exists() and target.stat().st_mtime >= time.time() - seconds - 1:
+            print(f"synthetic CT  {target}\npicture       {picture(volume['image'], target)}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"time          {seconds:.1f} s\npeak memory   {peak:.2f} GiB")
+    if failed:
+        raise failed
+
+
+def picture(mr: str | Path, sct: str | Path, ct: np.ndarray | None = None) -> Path:
+    """Write ``sct``'s name with .png: MR and synthetic CT, and where there is one the CT and the error."""
+    image, pred = read_volume(mr), read_volume(sct)
+    columns = {"MR": (np.asarray(image[0]), "MR"), "synthetic CT": (np.asarray(pred[0]), "HU")}
+    if ct is not None:
+        columns["CT"] = (ct, "HU")
+        columns["synthetic CT - CT"] = (np.asarray(pred[0]) - ct, "error")
+    sct = Path(sct)
+    extension = next(e for e in EXTENSIONS if sct.name.lower().endswith(e))
+    path = sct.with_name(sct.name[: -len(extension)] + ".png")
+    return montage(columns, np.asarray(image.affine), path, title=sct.name)
