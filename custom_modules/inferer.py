@@ -13,6 +13,19 @@ from tqdm import tqdm
 from custom_modules.synthesizer import Synthesizer
 
 
+def pad_to_windows(x: Tensor, roi_size: Sequence[int], unit: int) -> tuple[Tensor, tuple]:
+    """Pad (N, C, D, H, W) on both sides to at least ``roi_size`` and to multiples of ``unit``, replicating the edge.
+
+    Returns:
+        The padded tensor and the index that crops it back.
+    """
+    sizes = x.shape[2:]
+    extra = [max(roi, -(-size // unit) * unit) - size for roi, size in zip(roi_size, sizes)]
+    margins = [(e // 2, e - e // 2) for e in extra]
+    padded = F.pad(x, [m for pair in reversed(margins) for m in pair], mode="replicate")
+    return padded, (..., *(slice(before, before + size) for (before, _), size in zip(margins, sizes)))
+
+
 class LatentSamplingInferer(Inferer):
     """MR to synthetic CT for volumes of any size.
 
@@ -79,18 +92,13 @@ class LatentSamplingInferer(Inferer):
         network.eval()
         mr = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
         body = torch.ones_like(mr) if body is None else (body.as_tensor() if hasattr(body, "as_tensor") else body).to(mr)
-        unit = network.downsampling
-        roi_size = [-(-size // unit) * unit for size in self.roi_size]
-        padded = [max(roi, -(-size // unit) * unit) for roi, size in zip(roi_size, mr.shape[2:])]
-        before = [(p - size) // 2 for p, size in zip(padded, mr.shape[2:])]
-        margins = [m for b, p, size in zip(before, padded, mr.shape[2:]) for m in (b, p - size - b)][::-1]
-        margins = [margins[i + 1 - 2 * (i % 2)] for i in range(6)]  # F.pad: last axis first, each (before, after)
-        mr, body = (F.pad(x, margins, mode="replicate") for x in (mr, body))
+        roi_size = [-(-size // network.downsampling) * network.downsampling for size in self.roi_size]
+        (mr, inside), (body, _) = (pad_to_windows(x, roi_size, network.downsampling) for x in (mr, body))
         generator = torch.Generator().manual_seed(self.seed)
         with torch.autocast(mr.device.type, dtype=torch.bfloat16, enabled=self.amp):
             road = self._whole if self.sampling == "whole" else self._windows
             ct = road(mr, body, network, roi_size, generator)
-        return ct[(..., *(slice(b, b + size) for b, size in zip(before, inputs.shape[2:])))]
+        return ct[inside]
 
     def _steps(self, steps):
         return tqdm(steps, desc="sampling", unit="step", disable=not self.progress)

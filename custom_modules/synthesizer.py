@@ -53,16 +53,25 @@ class Synthesizer(nn.Module):
         row = MODALITIES.index(modality)
         return self.latent_mean[row].view(1, -1, 1, 1, 1), self.latent_std[row].view(1, -1, 1, 1, 1)
 
-    def set_latent_scale(self, modality: str, latents: Tensor) -> None:
-        """Store mean and standard deviation of the channels of ``latents`` (N, c, ...), as the encoder gives them."""
-        row, channels = MODALITIES.index(modality), latents.transpose(0, 1).flatten(1)
+    @property
+    def has_latent_scale(self) -> bool:
+        """Whether the latent scale was set, by training or by loaded weights."""
+        return not bool((self.latent_std == 1).all())
+
+    def set_latent_scale(self, modality: str, latents: Sequence[Tensor]) -> None:
+        """Store mean and standard deviation of each channel over ``latents``, each (c, d, h, w) as encoded."""
+        row, channels = MODALITIES.index(modality), torch.cat([z.flatten(1) for z in latents], dim=1)
         self.latent_mean[row] = channels.mean(1)
         self.latent_std[row] = channels.std(1).clamp_min(1e-6)
 
+    def normalize(self, latent: Tensor, modality: str) -> Tensor:
+        """Latent as encoded (N, c, ...) to mean 0 and standard deviation 1."""
+        mean, std = self._scale(modality)
+        return (latent - mean.to(latent.device)) / std.to(latent.device)
+
     def encode(self, image: Tensor, modality: str) -> Tensor:
         """Image to the normalised mean of its posterior (N, c, D/f, H/f, W/f)."""
-        mean, std = self._scale(modality)
-        return (self.autoencoder.encode(image)[0] - mean) / std
+        return self.normalize(self.autoencoder.encode(image)[0], modality)
 
     def decode(self, latent: Tensor, modality: str = "CT") -> Tensor:
         """Normalised latent to image, clipped to [-1, 1]."""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from ignite.engine import Engine
+from monai.data import CacheDataset, DataLoader, Dataset
 from monai.engines import DiffusionPrepareBatch, IterationEvents, PrepareBatch
 from monai.inferers import Inferer
+from monai.transforms import Randomizable, RandSpatialCropd
 from torch import Tensor, nn
 from torch.utils.data import Sampler
+from tqdm import trange
 
 from custom_modules.disentanglement import disentanglement_loss, latent_cosines
+from custom_modules.inferer import pad_to_windows
+from custom_modules.schedule import DDIMSchedule
 from custom_modules.synthesizer import Synthesizer
 
 
@@ -112,38 +117,79 @@ class AutoencoderLoss(nn.Module):
         return loss
 
 
-@torch.no_grad()
-def fit_latent_scale(network: Synthesizer, batches: Iterable[Mapping[str, Tensor]], device: Any) -> None:
-    """Set the latent scale of ``network`` from the training batches of one epoch, once, before stage 2."""
-    latents: dict[str, list[Tensor]] = {"MR": [], "CT": []}
-    for batchdata in batches:
-        for modality, key in (("MR", "image"), ("CT", "label")):
-            image = _as_tensor(batchdata, key, device, False)
-            latents[modality].append(network.autoencoder.encode(image)[0].cpu())
-    for modality, values in latents.items():
-        network.set_latent_scale(modality, torch.cat(values))
+class LatentDataset(Randomizable, Dataset):
+    """MR and CT latents of whole volumes, encoded once by the frozen autoencoder; a random crop of one an item.
+
+    Every patient is encoded in ``versions`` augmented copies (posterior means, half precision in memory), so that
+    stage 2 is spent on the denoiser. Latents come from whole volumes, as in sampling: a crop of them knows what
+    stands beside it. A network whose latent scale was never set gets it here, from the training latents.
+
+    Items are ``image``, the CT latent, and ``z_mr``, both (c, *roi) and normalised.
+
+    Args:
+        data: datalist of ``image`` and ``label``.
+        transform: deterministic and then random, up to images in [-1, 1].
+        network: with the autoencoder's weights.
+        roi_size: of a crop, in image voxels.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Mapping[str, str]],
+        transform: Callable,
+        network: Synthesizer,
+        roi_size: Sequence[int],
+        versions: int = 16,
+        amp: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(data)
+        self.set_random_state(seed)
+        f = network.autoencoder.downsampling
+        self.crop = RandSpatialCropd(["image", "z_mr"], roi_size=[size // f for size in roi_size], random_size=False)
+        self.crop.set_random_state(seed)
+        self.sizes: list[int] = []
+        loader = DataLoader(CacheDataset(data, transform), batch_size=1, num_workers=1, persistent_workers=True)
+        latents: list[list[dict[str, Tensor]]] = [[] for _ in data]
+        for _ in trange(versions, desc="encoding", unit="version"):
+            for patient, batch in zip(latents, loader):
+                patient.append(self._encode(batch, network, roi_size, amp))
+        if not network.has_latent_scale:
+            for modality, key in (("MR", "z_mr"), ("CT", "image")):
+                network.set_latent_scale(modality, [patient[0][key].float() for patient in latents])
+        for patient in latents:
+            for item in patient:
+                item["image"] = network.normalize(item["image"][None].float(), "CT")[0].half()
+                item["z_mr"] = network.normalize(item["z_mr"][None].float(), "MR")[0].half()
+            self.sizes.append(patient[0]["image"][0].numel())
+        self.latents = latents
+
+    @staticmethod
+    @torch.no_grad()
+    def _encode(batch: Mapping[str, Tensor], network: Synthesizer, roi_size: Sequence[int], amp: bool) -> dict[str, Tensor]:
+        device = network.latent_mean.device
+        item = {}
+        for name, key in (("image", "label"), ("z_mr", "image")):
+            volume, _ = pad_to_windows(_as_tensor(batch, key, device, False), roi_size, network.downsampling)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+                item[name] = network.autoencoder.encode(volume)[0][0].cpu().half()
+        return item
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        version = self.latents[index][self.R.randint(len(self.latents[index]))]
+        return {key: value.float() for key, value in self.crop(version).items()}
 
 
 class LatentPrepareBatch(DiffusionPrepareBatch):
-    """Stage 2: encode MR and CT by the frozen autoencoder (posterior means), draw noise and timesteps (Eq. 12).
+    """Stage 2 (Eq. 12): CT latents as input, MR latents as condition for MONAI's ``DiffusionInferer``, random
+    timesteps, and the schedule's own target, noise or velocity."""
 
-    Gives MONAI's ``DiffusionInferer`` the CT latent as input and the MR latent as condition.
-    """
-
-    def __init__(self, network: Synthesizer, amp: bool = True) -> None:
-        super().__init__(network.schedule.num_train_timesteps, condition_name="z_mr")
-        self.network, self.amp = network, amp
+    def __init__(self, schedule: DDIMSchedule) -> None:
+        super().__init__(schedule.num_train_timesteps, condition_name="z_mr")
+        self.schedule = schedule
 
     def get_target(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        return self.network.schedule.target(images, noise, timesteps)
-
-    def __call__(
-        self, batchdata: Mapping[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
-    ) -> tuple[Tensor, Tensor, tuple, dict]:
-        mr, ct = (_as_tensor(batchdata, key, device, non_blocking) for key in ("image", "label"))
-        with torch.no_grad(), torch.autocast(mr.device.type, dtype=torch.bfloat16, enabled=self.amp):
-            latents = {"image": self.network.encode(ct, "CT"), "z_mr": self.network.encode(mr, "MR")}
-        return super().__call__(latents, device, non_blocking, **kwargs)
+        return self.schedule.target(images, noise, timesteps)
 
 
 class GradientClipping:

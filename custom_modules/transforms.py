@@ -184,18 +184,23 @@ class Preprocess(Transform):
 
 
 class Augment(Compose):
-    """Random crop of ``roi_size`` with flips, affine, MR bias field and brightness (section IV.A), paired.
+    """Flips, affine, MR bias field and brightness (section IV.A), the same for MR and CT where they concern both.
 
-    Volumes smaller than the crop are padded by replicating their edge.
+    Args:
+        roi_size: take a random crop of this size first, replicating the edge of smaller volumes; whole volumes when
+            None.
     """
 
-    def __init__(self, roi_size: Sequence[int]) -> None:
+    def __init__(self, roi_size: Sequence[int] | None = None) -> None:
         keys = ["image", "label"]
+        crop = [
+            SpatialPadd(keys, spatial_size=roi_size, mode="edge"),
+            RandSpatialCropd(keys, roi_size=roi_size, random_size=False),
+        ]
         super().__init__(
             [
                 SelectItemsd(keys),
-                SpatialPadd(keys, spatial_size=roi_size, mode="edge"),
-                RandSpatialCropd(keys, roi_size=roi_size, random_size=False),
+                *(crop if roi_size else []),
                 *(RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in range(3)),
                 RandAffined(
                     keys,

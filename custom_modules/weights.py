@@ -19,7 +19,8 @@ def load_weights(network: Network, path: str | Path) -> Network:
     """Load a state dict strictly, ``weights_only=True``; half precision on disk becomes the network's own.
 
     Raises:
-        InputError: when the file is missing or damaged, or does not fit the network.
+        InputError: when the file is missing or damaged, does not fit the network, or was trained with another HU
+            window than the network is set to.
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such weights; train them (docs/training.md) or give --checkpoint")
@@ -27,6 +28,9 @@ def load_weights(network: Network, path: str | Path) -> Network:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(f"{path}: not readable as weights ({type(error).__name__}); fetch or train it again") from error
+    window, trained = getattr(network, "hu_window", None), state.get("hu_window") if isinstance(state, dict) else None
+    if window is not None and trained is not None and not torch.allclose(window.cpu(), trained.to(window.dtype)):
+        raise InputError(f"{path}: trained with hu_window {trained.tolist()}, the config says {window.tolist()}")
     try:
         network.load_state_dict(state, strict=True)
     except (RuntimeError, TypeError, AttributeError) as error:

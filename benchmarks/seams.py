@@ -1,0 +1,82 @@
+"""Are there seams? Mean absolute jump between neighbouring voxels across window borders, over that inside windows.
+
+    python benchmarks/seams.py --dataset_dir DIR [--split validation] [--overlap 0.5] [--num_inference_steps 4]
+
+1 means that a border cannot be told from the inside. Measured on the grid of the networks, in the body, for both ways
+of sampling; the CT at the same places is the reference.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import fire
+import numpy as np
+import torch
+from monai.data import load_decathlon_datalist
+from monai.inferers.utils import _get_scan_interval
+from monai.data.utils import dense_patch_slices
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bundle.workflow import inference_workflow  # noqa: E402
+from custom_modules.inferer import pad_to_windows  # noqa: E402
+from custom_modules.transforms import Preprocess  # noqa: E402
+
+
+def border_planes(shape: tuple[int, ...], roi_size: list[int], overlap: float, unit: int) -> list[np.ndarray]:
+    """For each axis, the positions p at which a window starts or ends between voxels p - 1 and p of the volume."""
+    probe = torch.zeros(1, 1, *shape)
+    padded, inside = pad_to_windows(probe, roi_size, unit)
+    size = padded.shape[2:]
+    interval = _get_scan_interval(size, roi_size, 3, (overlap,) * 3)
+    windows = dense_patch_slices(size, roi_size, interval)
+    planes = []
+    for axis in range(3):
+        edges = {edge - inside[1 + axis].start for w in windows for edge in (w[axis].start, w[axis].stop)}
+        planes.append(np.array(sorted(e for e in edges if 0 < e < shape[axis]), dtype=int))
+    return planes
+
+
+def jump_ratio(volume: np.ndarray, body: np.ndarray, planes: list[np.ndarray]) -> float:
+    """Mean |v[p] - v[p - 1]| in the body at the planes over that elsewhere."""
+    at, elsewhere = [], []
+    for axis, positions in enumerate(planes):
+        v, b = np.moveaxis(volume, axis, 0), np.moveaxis(body, axis, 0)
+        jumps, both = np.abs(np.diff(v, axis=0)), b[1:] & b[:-1]
+        is_border = np.zeros(len(jumps), dtype=bool)
+        is_border[positions - 1] = True
+        at.append(jumps[is_border][both[is_border]])
+        elsewhere.append(jumps[~is_border][both[~is_border]])
+    return float(np.concatenate(at).mean() / np.concatenate(elsewhere).mean())
+
+
+def main(dataset_dir: str, split: str = "validation", **settings: Any) -> None:
+    pairs = load_decathlon_datalist(str(Path(dataset_dir) / "datalist.json"), True, split, base_dir=dataset_dir)
+    workflow = inference_workflow(dataset_dir=pairs[0]["image"], **settings)
+    parser = workflow.parser
+    network = parser.get_parsed_content("network")
+    low, high = parser.get_parsed_content("mr_window")
+    read = Preprocess(parser.get_parsed_content("spacing"), label=True)
+    inferer = parser.get_parsed_content("inferer")
+    inferer.progress = False
+    ratios: dict[str, list[float]] = {"CT": [], "whole": [], "windows": []}
+    for pair in pairs:
+        data = read({key: pair[key] for key in ("image", "label")})
+        mr = ((data["image"].as_tensor() - low) / (high - low) * 2 - 1).clamp(-1, 1)[None]
+        body = data["body"].as_tensor()[None]
+        planes = border_planes(mr.shape[2:], list(inferer.roi_size), inferer.overlap, network.downsampling)
+        inside = body[0, 0].numpy() > 0.5
+        ratios["CT"].append(jump_ratio(data["label"][0].numpy(), inside, planes))
+        for sampling in ("whole", "windows"):
+            inferer.sampling = sampling
+            hu = network.to_hu(inferer(mr, network, body=body))[0, 0].numpy()
+            ratios[sampling].append(jump_ratio(hu, inside, planes))
+    print(f"overlap {inferer.overlap:g}, {inferer.num_inference_steps} steps, {len(pairs)} volumes")
+    for name, values in ratios.items():
+        print(f"{name:<10}" + "".join(f"{v:8.3f}" for v in values) + f"   mean {np.mean(values):.3f}")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

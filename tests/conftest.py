@@ -1,0 +1,142 @@
+"""What the tests share: synthetic volumes whose values are known, a tiny network, and the inference road."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigWorkflow
+from monai.inferers import Inferer
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from custom_modules.autoencoder import WaveletAutoencoderKL  # noqa: E402
+from custom_modules.denoiser import LatentDenoiser  # noqa: E402
+from custom_modules.synthesizer import Synthesizer  # noqa: E402
+from custom_modules.weights import save_weights  # noqa: E402
+
+INFERENCE = ROOT / "configs" / "inference.yaml"
+AIR = -1000
+AUTOENCODER = {"latent_channels": 4, "channels": [8, 16], "num_blocks": [1, 1]}
+DENOISER = {"latent_channels": 4, "channels": [8, 16, 16], "num_blocks": 1, "attention_channels": 8}
+TINY = {
+    "network_def#autoencoder": {"_target_": "custom_modules.autoencoder.WaveletAutoencoderKL", **AUTOENCODER},
+    "network_def#denoiser": {"_target_": "custom_modules.denoiser.LatentDenoiser", **DENOISER},
+}
+
+
+class LinearInferer(Inferer):
+    """Stands in for the sampler: the answer is ``sign`` times the normalised MR."""
+
+    def __init__(self, sign: float = 1.0) -> None:
+        self.sign = sign
+
+    def __call__(self, inputs: torch.Tensor, network: Synthesizer, body: torch.Tensor | None = None) -> torch.Tensor:
+        return self.sign * inputs
+
+
+def linear_hu(mr: np.ndarray, sign: float = 1.0) -> np.ndarray:
+    """The HU that :class:`LinearInferer` leads to: MR window [0, 1250], HU window [-1000, 1600]."""
+    return 300 + sign * 1300 * (np.clip(mr, 0, 1250) / 625 - 1)
+
+
+def stub(sign: float = 1.0) -> dict:
+    """Overrides that put :class:`LinearInferer` in the sampler's place."""
+    return {"inferer": {"_target_": "conftest.LinearInferer", "sign": sign}}
+
+
+def tiny_network(**denoiser) -> Synthesizer:
+    torch.manual_seed(0)
+    return Synthesizer(WaveletAutoencoderKL(**AUTOENCODER), LatentDenoiser(**{**DENOISER, **denoiser}))
+
+
+def world(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    """World coordinates (3, D, H, W) of every voxel, relative to the middle of the volume."""
+    points = nib.affines.apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))
+    return np.moveaxis(points - points.mean(axis=(0, 1, 2)), -1, 0)
+
+
+def ramp(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    """A body that fills the field of view: linear in world coordinates, another slope on every axis, 450 to 1150."""
+    points = world(shape, affine)
+    extent = np.maximum(np.ptp(points, axis=(1, 2, 3)), 1)
+    values = np.tensordot(np.array([0.5, 0.3, 0.2]) / extent, points, axes=1)
+    return (800 + 700 * values / np.ptp(values)).astype(np.float32)
+
+
+def ellipsoid(
+    shape: tuple[int, ...], affine: np.ndarray, radii: tuple[float, float, float], shift: tuple = (0, 0, 0)
+) -> tuple[np.ndarray, np.ndarray]:
+    """An MR of a smooth ellipsoid (radii in mm, moved by ``shift`` mm) in noisy air, and the ellipsoid as a mask."""
+    points = world(shape, affine) - np.reshape(shift, (3, 1, 1, 1))
+    inside = ((points / np.reshape(radii, (3, 1, 1, 1))) ** 2).sum(0) <= 1
+    values = 900 + 150 * np.cos(points / 30).mean(0)
+    noise = np.random.default_rng(0).uniform(0, 20, shape)
+    return np.where(inside, values, noise).astype(np.float32), inside
+
+
+def save(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.diag([2.0, 2, 2, 1]) if affine is None else affine), path)
+    return path
+
+
+def files_in(folder: Path) -> list[str]:
+    """Every file below ``folder``, hidden ones too."""
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "model.pt"
+    save_weights(tiny_network(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def infer(checkpoint: Path) -> Callable[..., Path]:
+    """Run configs/inference.yaml in this process: infer(dataset_dir, output_dir, **overrides) -> output_dir."""
+
+    def run(dataset_dir: Path, output_dir: Path, **overrides) -> Path:
+        settings = {"device": "$torch.device('cpu')", "checkpoint": str(checkpoint), **TINY, **overrides}
+        workflow = ConfigWorkflow(
+            config_file=str(INFERENCE), workflow_type="infer", logging_file=False,
+            dataset_dir=str(dataset_dir), output_dir=str(output_dir), **settings,
+        )  # fmt: skip
+        workflow.initialize()
+        workflow.run()
+        return Path(output_dir)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def infer_command(checkpoint: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Run it as users do, by ``python -m monai.bundle run`` from the folder ``cwd``."""
+
+    def run(dataset_dir: Path, output_dir: Path, cwd: Path = ROOT, **overrides) -> subprocess.CompletedProcess:
+        settings = {"dataset_dir": dataset_dir, "output_dir": output_dir, "checkpoint": checkpoint, **TINY, **overrides}
+        command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(INFERENCE)]
+        for key, value in settings.items():
+            command += [f"--{key}", str(value)]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real volumes beside the repository; tests that ask for it are skipped where there is none."""
+    folder = ROOT.parent / "shared" / "data"
+    if not (folder / "datalist.json").is_file():
+        pytest.skip(f"needs the real data in {folder}")
+    return folder
