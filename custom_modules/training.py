@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ class DistinctPatientSampler(Sampler[list[int]]):
     """Batches of different patients, larger volumes more often (the square root of their voxels).
 
     Args:
-        sizes: voxels of each patient's volume, in the dataset's order.
+        sizes: gives the voxels of each patient's volume, in the dataset's order; asked when an epoch starts.
         batch_size: patients a batch, at least 2 where the disentanglement loss is used.
         batches: batches an epoch.
         seed: seeds the order; the epoch counts on with each pass.
@@ -35,20 +36,20 @@ class DistinctPatientSampler(Sampler[list[int]]):
         ValueError: when there are fewer patients than a batch needs.
     """
 
-    def __init__(self, sizes: Sequence[int], batch_size: int, batches: int, seed: int = 0) -> None:
-        if len(sizes) < batch_size:
-            raise ValueError(f"a batch needs {batch_size} different patients, the datalist has {len(sizes)}")
-        self.weights = torch.tensor(sizes, dtype=torch.float64).sqrt()
-        self.batch_size, self.batches, self.seed, self.epoch = batch_size, batches, seed, 0
+    def __init__(self, sizes: Callable[[], Sequence[int]], batch_size: int, batches: int, seed: int = 0) -> None:
+        self.sizes, self.batch_size, self.batches, self.seed, self.epoch = sizes, batch_size, batches, seed, 0
 
     def __len__(self) -> int:
         return self.batches
 
     def __iter__(self) -> Iterator[list[int]]:
+        weights = torch.tensor(self.sizes(), dtype=torch.float64).sqrt()
+        if len(weights) < self.batch_size:
+            raise ValueError(f"a batch needs {self.batch_size} different patients, the datalist has {len(weights)}")
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         self.epoch += 1
         for _ in range(self.batches):
-            yield torch.multinomial(self.weights, self.batch_size, generator=generator).tolist()
+            yield torch.multinomial(weights, self.batch_size, generator=generator).tolist()
 
 
 class AutocastInferer(Inferer):
@@ -143,35 +144,41 @@ class LatentDataset(Randomizable, Dataset):
         amp: bool = True,
         seed: int = 0,
     ) -> None:
-        super().__init__(data)
-        self.set_random_state(seed)
+        super().__init__(data, transform)
+        self.network, self.roi_size, self.versions, self.amp = network, roi_size, versions, amp
         f = network.autoencoder.downsampling
         self.crop = RandSpatialCropd(["image", "z_mr"], roi_size=[size // f for size in roi_size], random_size=False)
         self.crop.set_random_state(seed)
-        self.sizes: list[int] = []
-        loader = DataLoader(CacheDataset(data, transform), batch_size=1, num_workers=1, persistent_workers=True)
-        latents: list[list[dict[str, Tensor]]] = [[] for _ in data]
-        for _ in trange(versions, desc="encoding", unit="version"):
+        self.set_random_state(seed)
+        self.latents: list[list[dict[str, Tensor]]] = []
+
+    def encode(self) -> None:
+        """Encode all patients; once, before the first item is asked for."""
+        images = CacheDataset(self.data, self.transform)
+        loader = DataLoader(images, batch_size=1, num_workers=1, persistent_workers=True)
+        latents: list[list[dict[str, Tensor]]] = [[] for _ in self.data]
+        for _ in trange(self.versions, desc="encoding", unit="version"):
             for patient, batch in zip(latents, loader):
-                patient.append(self._encode(batch, network, roi_size, amp))
-        if not network.has_latent_scale:
+                patient.append(self._encode(batch))
+        if not self.network.has_latent_scale:
             for modality, key in (("MR", "z_mr"), ("CT", "image")):
-                network.set_latent_scale(modality, [patient[0][key].float() for patient in latents])
-        for patient in latents:
-            for item in patient:
-                item["image"] = network.normalize(item["image"][None].float(), "CT")[0].half()
-                item["z_mr"] = network.normalize(item["z_mr"][None].float(), "MR")[0].half()
-            self.sizes.append(patient[0]["image"][0].numel())
+                self.network.set_latent_scale(modality, [patient[0][key].float() for patient in latents])
+        for item in itertools.chain(*latents):
+            for modality, key in (("MR", "z_mr"), ("CT", "image")):
+                item[key] = self.network.normalize(item[key][None].float(), modality)[0].half()
         self.latents = latents
 
-    @staticmethod
+    @property
+    def sizes(self) -> list[int]:
+        """Latent voxels of each patient."""
+        return [patient[0]["image"][0].numel() for patient in self.latents]
+
     @torch.no_grad()
-    def _encode(batch: Mapping[str, Tensor], network: Synthesizer, roi_size: Sequence[int], amp: bool) -> dict[str, Tensor]:
-        device = network.latent_mean.device
-        item = {}
+    def _encode(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        network, device, item = self.network, self.network.latent_mean.device, {}
         for name, key in (("image", "label"), ("z_mr", "image")):
-            volume, _ = pad_to_windows(_as_tensor(batch, key, device, False), roi_size, network.downsampling)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+            volume, _ = pad_to_windows(_as_tensor(batch, key, device, False), self.roi_size, network.downsampling)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.amp):
                 item[name] = network.autoencoder.encode(volume)[0][0].cpu().half()
         return item
 

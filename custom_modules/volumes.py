@@ -14,6 +14,7 @@ from monai.config import KeysCollection
 from monai.data import Dataset, ITKWriter, MetaTensor, NibabelWriter, list_data_collate
 from monai.engines import SupervisedEvaluator
 from monai.transforms import LoadImage, MapTransform, SpatialResample
+from monai.utils import convert_to_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,11 @@ def _is_dicom(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
-def find_volumes(path: str | Path) -> list[dict[str, str]]:
+def find_volumes(path: str | Path, strict: bool = True) -> list[dict[str, str]]:
     """List the volumes under ``path``: a file, a folder of volumes (sub-folders too), or DICOM series, one a folder.
+
+    Args:
+        strict: raise where there is nothing; otherwise the list is empty.
 
     Returns:
         For each volume ``image``, what to read, and ``output``, where its synthetic CT goes below the output
@@ -47,6 +51,8 @@ def find_volumes(path: str | Path) -> list[dict[str, str]]:
         InputError: when nothing is there, or nothing that can be read.
     """
     root = Path(path)
+    if not strict and not root.exists():
+        return []
     if not str(path) or not root.exists():
         raise InputError(f"{path}: no such file or folder")
     if root.is_file():
@@ -63,7 +69,7 @@ def find_volumes(path: str | Path) -> list[dict[str, str]]:
         if not volumes and any(_is_dicom(Path(folder, name)) for name in names[:8]):
             name = _output_name(Path(folder).resolve().name + EXTENSIONS[0])
             found.append({"image": folder, "output": str(relative.parent / name)})
-    if not found:
+    if strict and not found:
         raise InputError(f"{root}: holds no volume ({', '.join(EXTENSIONS)}) and no DICOM series")
     return found
 
@@ -147,7 +153,8 @@ class RestoreGridd(MapTransform):
         source = data[self.source]
         shape = [int(size) for size in source.meta["source_shape"]]
         for key in self.key_iterator(data):
-            on_grid = MetaTensor(torch.as_tensor(data[key]).float(), affine=source.affine)
+            values = convert_to_tensor(data[key], dtype=torch.float32, track_meta=False)
+            on_grid = MetaTensor(values, affine=source.affine)
             data[key] = self.resample(on_grid, dst_affine=source.meta["source_affine"], spatial_size=shape)
         return data
 

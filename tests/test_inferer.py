@@ -1,0 +1,265 @@
+"""Whole-volume sampling: any size on its own grid, one sample for the patient, air left out, tiles that fit."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from monai.data import MetaTensor
+from torch import nn
+
+from custom_modules.autoencoder import WaveletAutoencoderKL
+from custom_modules.denoiser import LatentDenoiser
+from custom_modules.inferer import LatentSamplingInferer
+from custom_modules.schedule import DDIMSchedule
+from custom_modules.synthesizer import Synthesizer
+
+MODES = ("whole", "windows")
+FACTOR = 4
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+class Mirror(nn.Module):
+    """A synthesizer whose CT is the MR itself, exactly: encoder and decoder move 4 x 4 x 4 voxels to channels and back,
+    the denoiser knows the answer. What is left to be wrong is padding, tiling, blending, stepping and cropping."""
+
+    downsampling = 2 * FACTOR
+
+    def __init__(self):
+        super().__init__()
+        self.autoencoder = SimpleNamespace(downsampling=FACTOR, latent_channels=FACTOR**3)
+        self.schedule = DDIMSchedule()
+        self.windows = []
+
+    def encode(self, image, modality):
+        assert modality == "MR" and not any(size % FACTOR for size in image.shape[2:])
+        n, _, d, h, w = (size // FACTOR for size in image.shape)
+        blocks = image.reshape(-1, d, FACTOR, h, FACTOR, w, FACTOR)
+        return blocks.permute(0, 2, 4, 6, 1, 3, 5).flatten(1, 3).clone()
+
+    def decode(self, latent):
+        blocks = latent.unflatten(1, (FACTOR, FACTOR, FACTOR)).permute(0, 4, 1, 5, 2, 6, 3)
+        return blocks.flatten(5, 6).flatten(3, 4).flatten(1, 2)[:, None].clone()
+
+    def predict(self, z, t, z_mr):
+        self.windows += list(z_mr)
+        return self.schedule.output_for(z_mr, z, t)
+
+    def air_latent(self):
+        return torch.full((1, FACTOR**3, 1, 1, 1), -1.0)
+
+
+def tiny(prediction="v"):
+    """Real networks, random weights, latents on a scale of 1; the denoiser needs multiples of 8 image voxels."""
+    network = Synthesizer(
+        WaveletAutoencoderKL(4, (8, 16), (1, 1)),
+        LatentDenoiser(4, (8, 16), num_blocks=1, attention_channels=8),
+        DDIMSchedule(prediction=prediction),
+    )
+    for module in network.denoiser.skip:  # silent in a fresh network
+        nn.init.normal_(module.structure_emphasis.out.weight, std=0.2)
+    for modality in ("MR", "CT"):
+        network.set_latent_scale(modality, network.autoencoder.encode(torch.randn(4, 1, 16, 16, 16))[0].detach())
+    return network.eval()
+
+
+def inferer(**settings):
+    return LatentSamplingInferer(**{"roi_size": (16, 16, 16), "amp": False, "progress": False, **settings})
+
+
+def volume(*size):
+    return torch.rand(1, 1, *size) * 2 - 1
+
+
+def slab(mr, length):
+    """The body in the first voxels of the depth axis."""
+    body = torch.zeros_like(mr)
+    body[:, :, :length] = 1
+    return body
+
+
+@pytest.mark.parametrize("sampling, steps", (("whole", 1), ("whole", 5), ("windows", 2)))
+@pytest.mark.parametrize("size", ((16, 16, 16), (5, 9, 13), (33, 17, 21), (40, 6, 24), (1, 1, 1)))
+@pytest.mark.parametrize("overlap", (0.5, 0.0))
+def test_any_volume_comes_back_on_its_own_grid(size, sampling, steps, overlap):
+    mr = volume(*size)
+    ct = inferer(sampling=sampling, num_inference_steps=steps, overlap=overlap)(mr, Mirror())
+    assert ct.shape == mr.shape
+    torch.testing.assert_close(ct, mr, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("roi_size", ((9, 15, 23), (1, 1, 1), (64, 8, 16)))
+@pytest.mark.parametrize("sampling", MODES)
+def test_window_is_rounded_up_to_what_the_networks_divide_by(roi_size, sampling):
+    network, mr = Mirror(), volume(30, 20, 25)
+    torch.testing.assert_close(inferer(roi_size=roi_size, sampling=sampling)(mr, network), mr, atol=1e-4, rtol=0)
+    expected = tuple(-(-size // 8) * 8 // FACTOR for size in roi_size)
+    assert {tuple(window.shape[1:]) for window in network.windows} == {expected}
+
+
+@pytest.mark.parametrize("tile_size", (16, 20, 24, 30, 32, 40))
+def test_any_tile_size_gives_the_same(tile_size):
+    mr = volume(50, 34, 40)
+    torch.testing.assert_close(inferer(tile_size=(tile_size,) * 3)(mr, Mirror()), mr, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sampling", MODES)
+@pytest.mark.parametrize("size", ((5, 9, 13), (19, 16, 21)))
+def test_real_networks_take_any_volume(size, sampling):
+    mr = volume(*size)
+    ct = inferer(sampling=sampling)(mr, tiny())
+    assert ct.shape == mr.shape and ct.isfinite().all()
+    assert ct.abs().max() <= 1 and ct.std() > 0.01
+
+
+@pytest.mark.parametrize("sampling", MODES)
+@pytest.mark.parametrize("prediction, steps", (("v", 1), ("v", 3), ("epsilon", 3)))
+def test_a_seed_has_one_answer_and_another_seed_another(sampling, prediction, steps):
+    network, mr = tiny(prediction), volume(24, 16, 16)
+    settings = {"sampling": sampling, "num_inference_steps": steps}
+    first = inferer(seed=3, **settings)(mr, network)
+    torch.manual_seed(9)  # the global generator has no say
+    assert torch.equal(inferer(seed=3, **settings)(mr, network), first)
+    assert (inferer(seed=4, **settings)(mr, network) - first).abs().max() > 1e-3
+
+
+def test_one_inferer_gives_every_patient_the_same_answer_twice():
+    sampler, network, mr = inferer(seed=3), tiny(), volume(16, 16, 16)
+    assert torch.equal(sampler(mr, network), sampler(mr, network))
+
+
+def test_whole_sampling_does_not_depend_on_the_window_batch():
+    network, mr = tiny(), volume(40, 24, 16)
+    settings = {"num_inference_steps": 3}
+    expected = inferer(sw_batch_size=1, **settings)(mr, network)
+    for batch in (3, 64):
+        torch.testing.assert_close(inferer(sw_batch_size=batch, **settings)(mr, network), expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sampling", MODES)
+def test_one_window_over_everything_is_the_forward_of_the_network(sampling):
+    network, mr = tiny(), volume(24, 16, 32)
+    network.num_inference_steps = 3
+    noise = torch.randn(1, 4, 6, 4, 8, generator=torch.Generator().manual_seed(5))
+    ct = inferer(roi_size=(24, 16, 32), sampling=sampling, seed=5, num_inference_steps=3)(mr, network)
+    torch.testing.assert_close(ct, network(mr, noise), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sampling", MODES)
+def test_several_samples_are_averaged(sampling):
+    network, mr = tiny(), volume(16, 16, 16)
+    generator = torch.Generator().manual_seed(7)
+    draws = [network(mr, torch.randn(1, 4, 4, 4, 4, generator=generator)) for _ in range(2)]
+    assert (draws[0] - draws[1]).abs().max() > 1e-3
+    ct = inferer(sampling=sampling, seed=7, num_samples=2)(mr, network)
+    torch.testing.assert_close(ct, (draws[0] + draws[1]) / 2, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_windows_are_blended_in_the_prediction_and_the_step_is_taken_once():
+    """Two windows of 4 latent voxels that overlap by 2, and one step: the velocities are blended by hand."""
+    network, mr = tiny(), volume(24, 16, 16)
+    ct = inferer(seed=2)(mr, network)
+    z_mr = network.encode(mr, "MR")
+    z = torch.randn(z_mr.shape, generator=torch.Generator().manual_seed(2))
+    total, weights = torch.zeros_like(z), torch.zeros(1, 1, 6, 4, 4)
+    gauss = torch.exp(-0.5 * ((torch.arange(4) - 1.5) / (4 * 0.125)) ** 2)
+    gauss = torch.einsum("i,j,k->ijk", gauss, gauss, gauss).clamp_min(1e-3)  # MONAI's weights never vanish
+    for start in (0, 2):
+        window = slice(start, start + 4)
+        total[:, :, window] += gauss * network.predict(z[:, :, window], 999, z_mr[:, :, window])
+        weights[:, :, window] += gauss
+    expected = network.decode(network.schedule.step(total / weights, 999, -1, z))
+    torch.testing.assert_close(ct, expected, atol=1e-5, rtol=0)
+    one_window = inferer(seed=2, roi_size=(24, 16, 16))(mr, network)
+    assert (one_window - expected).abs().max() > 1e-2  # so that the blend is what was compared
+
+
+@pytest.mark.parametrize("sampling", MODES)
+@pytest.mark.parametrize("sw_batch_size", (1, 4))
+def test_windows_without_body_are_not_computed(sampling, sw_batch_size):
+    """Windows of 16 at 0, 8, ..., 80; a body of 20 voxels lies in those at 0, 8 and 16."""
+    mr, everywhere, masked = volume(96, 16, 16), Mirror(), Mirror()
+    sampler = inferer(sampling=sampling, sw_batch_size=sw_batch_size, num_inference_steps=2)
+    sampler(mr, everywhere)
+    ct = sampler(mr, masked, slab(mr, 20))
+    assert len(everywhere.windows) == 11 * 2
+    assert len(masked.windows) == 3 * 2
+    torch.testing.assert_close(ct[:, :, :20], mr[:, :, :20], atol=1e-4, rtol=0)
+    torch.testing.assert_close(ct[:, :, 32:], torch.full_like(mr[:, :, 32:], -1), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("sampling", MODES)
+def test_a_single_voxel_of_body_is_computed(sampling):
+    mr, network = volume(48, 16, 16), Mirror()
+    body = torch.zeros_like(mr)
+    body[0, 0, 37, 5, 9] = 1
+    ct = inferer(sampling=sampling)(mr, network, body)
+    assert len(network.windows) == 2  # those at 24 and 32
+    torch.testing.assert_close(ct[0, 0, 37, 5, 9], mr[0, 0, 37, 5, 9], atol=1e-4, rtol=0)
+
+
+def test_body_far_from_skipped_windows_is_the_same_as_without_skipping():
+    network, mr = tiny(), volume(192, 16, 16)
+    body = slab(mr, 100)
+    whole, skipped = inferer()(mr, network), inferer()(mr, network, body)
+    assert (whole - skipped)[:, :, 112:].abs().max() > 0.05
+    torch.testing.assert_close(skipped[:, :, :36], whole[:, :, :36], atol=1e-5, rtol=0)  # 100 less a decoder's reach
+    assert (whole - skipped)[:, :, :88].abs().max() < 0.05
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", (1, 3))
+def test_volume_without_body_is_the_image_of_air(steps):
+    network, mr = tiny(), volume(24, 16, 16)
+    calls = []
+    network.denoiser.register_forward_hook(lambda *_: calls.append(1))
+    ct = inferer(num_inference_steps=steps)(mr, network, torch.zeros_like(mr))
+    air = network.decode(network.air_latent().expand(1, 4, 6, 4, 4))
+    assert not calls
+    torch.testing.assert_close(ct, air, atol=1e-4, rtol=0)
+
+
+def test_tiled_encoding_and_decoding_are_close_to_the_whole():
+    """Tiles of 128 at 0 and 96: they differ from the whole where they meet, and nowhere else."""
+    network, mr = tiny(), volume(224, 16, 16)
+    whole, tiled = (inferer(roi_size=(224, 16, 16), tile_size=(size, 16, 16))(mr, network) for size in (224, 128))
+    difference = (tiled - whole).abs() / whole.std()
+    assert 0 < difference.mean() < 0.02
+    assert difference[:, :, :48].max() < 0.01 and difference[:, :, -48:].max() < 0.01
+
+
+def test_mixed_precision_is_close_to_single_precision():
+    network, mr = tiny(), volume(24, 16, 16)
+    single, mixed = inferer(amp=False)(mr, network), inferer(amp=True)(mr, network)
+    assert mixed.dtype == torch.float32
+    assert 0 < (single - mixed).abs().mean() < 0.05 * single.std()
+
+
+def test_meta_tensors_and_masks_of_integers_are_taken():
+    network, mr = tiny(), volume(40, 16, 16)
+    body = slab(mr, 12)
+    expected = inferer()(mr, network, body)
+    assert torch.equal(inferer()(MetaTensor(mr), network, MetaTensor(body.byte())), expected)
+    assert torch.equal(inferer()(mr, network, body.bool()), expected)
+
+
+@pytest.mark.parametrize(
+    "settings, name",
+    (
+        ({"sampling": "patches"}, "sampling"),
+        ({"overlap": 1.0}, "overlap"),
+        ({"overlap": -0.1}, "overlap"),
+        ({"seed": -1}, "seed"),
+        ({"num_samples": 0}, "num_samples"),
+    ),
+)
+def test_wrong_settings_are_refused(settings, name):
+    with pytest.raises(ValueError, match=name):
+        LatentSamplingInferer(**settings)
