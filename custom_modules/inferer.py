@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from monai.inferers import Inferer, sliding_window_inference
 from torch import Tensor
 from tqdm import tqdm
 
+from custom_modules.memory import window_batch
 from custom_modules.synthesizer import Synthesizer
 
 
@@ -44,7 +46,7 @@ class LatentSamplingInferer(Inferer):
         num_samples: latents drawn; the answer is the mean of their images.
         seed: of the noise, which is drawn on the CPU and so is the same on every device.
         tile_size: largest image tile that is encoded or decoded at once, in voxels.
-        sw_batch_size: windows a batch.
+        sw_batch_size: windows a batch; chosen by the free memory of the device when None.
         amp: bfloat16 autocast.
         progress: show a bar over the steps.
 
@@ -61,7 +63,7 @@ class LatentSamplingInferer(Inferer):
         num_samples: int = 1,
         seed: int = 0,
         tile_size: Sequence[int] = (128, 128, 128),
-        sw_batch_size: int = 4,
+        sw_batch_size: int | None = None,
         amp: bool = True,
         progress: bool = True,
     ) -> None:
@@ -94,10 +96,12 @@ class LatentSamplingInferer(Inferer):
         body = torch.ones_like(mr) if body is None else (body.as_tensor() if hasattr(body, "as_tensor") else body).to(mr)
         roi_size = [-(-size // network.downsampling) * network.downsampling for size in self.roi_size]
         (mr, inside), (body, _) = (pad_to_windows(x, roi_size, network.downsampling) for x in (mr, body))
+        window = math.prod(size // network.autoencoder.downsampling for size in roi_size)
+        batch = self.sw_batch_size or window_batch(mr.device, window, network.denoiser.time_channels)
         generator = torch.Generator().manual_seed(self.seed)
         with torch.autocast(mr.device.type, dtype=torch.bfloat16, enabled=self.amp):
             road = self._whole if self.sampling == "whole" else self._windows
-            ct = road(mr, body, network, roi_size, generator)
+            ct = road(mr, body, network, roi_size, batch, generator)
         return ct[inside]
 
     def _steps(self, steps):
@@ -106,7 +110,7 @@ class LatentSamplingInferer(Inferer):
     def _noise(self, like: Tensor, generator: torch.Generator) -> Tensor:
         return torch.randn(like.shape, generator=generator).to(like)
 
-    def _whole(self, mr: Tensor, body: Tensor, network: Synthesizer, roi_size: list[int], generator: torch.Generator) -> Tensor:
+    def _whole(self, mr: Tensor, body: Tensor, network: Synthesizer, roi_size: list[int], batch: int, generator: torch.Generator) -> Tensor:
         f = network.autoencoder.downsampling
         z_mr = self._tiled(mr, lambda tile: network.encode(tile, "MR"), [min(t, s) for t, s in zip(self.tile_size, mr.shape[2:])])
         latent_body = F.max_pool3d(body, f)
@@ -118,7 +122,7 @@ class LatentSamplingInferer(Inferer):
             def predict(z: Tensor, t: int) -> Tensor:
                 stack = torch.cat([z, z_mr, network.schedule.output_for(air, z, t), latent_body], dim=1)
                 return sliding_window_inference(
-                    stack, window, self.sw_batch_size, lambda w: self._predict_windows(w, network, t),
+                    stack, window, batch, lambda w: self._predict_windows(w, network, t),
                     self.overlap, mode="gaussian",
                 )  # fmt: skip
 
@@ -143,7 +147,7 @@ class LatentSamplingInferer(Inferer):
             return predictor(x)
         return sliding_window_inference(x, tile, 1, predictor, overlap=0.25, mode="gaussian", sigma_scale=0.25)
 
-    def _windows(self, mr: Tensor, body: Tensor, network: Synthesizer, roi_size: list[int], generator: torch.Generator) -> Tensor:
+    def _windows(self, mr: Tensor, body: Tensor, network: Synthesizer, roi_size: list[int], batch: int, generator: torch.Generator) -> Tensor:
         def synthesize(stack: Tensor) -> Tensor:
             image, mask = stack.split(1, dim=1)
             inside = mask.flatten(1).any(dim=1)
@@ -160,5 +164,5 @@ class LatentSamplingInferer(Inferer):
 
         stack = torch.cat([mr, body], dim=1)
         return sliding_window_inference(
-            stack, roi_size, self.sw_batch_size, synthesize, self.overlap, mode="gaussian", progress=self.progress
+            stack, roi_size, batch, synthesize, self.overlap, mode="gaussian", progress=self.progress
         )

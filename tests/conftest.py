@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel as nib
@@ -83,6 +86,13 @@ def ellipsoid(
     return np.where(inside, values, noise).astype(np.float32), inside
 
 
+def head_and_shoulders() -> np.ndarray:
+    """An MR in RAS order, 2 mm: trunk 36 voxels wide below slice 20, neck of 10 below 28, head of 18 below 40."""
+    mr = np.zeros((44, 24, 44), dtype=np.float32)
+    mr[4:40, 4:20, :20] = mr[17:27, 7:17, 20:28] = mr[13:31, 5:19, 28:40] = 1
+    return mr * ramp(mr.shape, np.diag([2.0, 2, 2, 1]))
+
+
 def save(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(array, np.diag([2.0, 2, 2, 1]) if affine is None else affine), path)
@@ -92,6 +102,19 @@ def save(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> Pat
 def files_in(folder: Path) -> list[str]:
     """Every file below ``folder``, hidden ones too."""
     return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+
+
+@contextmanager
+def full_disk(size: int = 1000) -> Iterator[None]:
+    """No file can grow beyond ``size`` bytes: what a writer meets when the disk is full, whatever the writer."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
 
 
 @pytest.fixture(scope="session")

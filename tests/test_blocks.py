@@ -149,6 +149,7 @@ def test_the_branch_starts_as_strong_as_told(branch_scale):
         state = {name: value for name, value in module.state_dict().items() if name != "scale"}
         other.load_state_dict(state, strict=False)
     x = torch.randn(1, 3, 4, 4, 4)
+    assert (whole(x) - weaker(x)).abs().max() > 0.01
     torch.testing.assert_close(module(x), torch.lerp(weaker(x), whole(x), branch_scale), atol=1e-5, rtol=1e-5)
 
 

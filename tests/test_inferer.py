@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
@@ -9,7 +10,7 @@ from torch import nn
 
 from custom_modules.autoencoder import WaveletAutoencoderKL
 from custom_modules.denoiser import LatentDenoiser
-from custom_modules.inferer import LatentSamplingInferer
+from custom_modules.inferer import LatentSamplingInferer, pad_to_windows
 from custom_modules.schedule import DDIMSchedule
 from custom_modules.synthesizer import Synthesizer
 
@@ -36,7 +37,7 @@ class Mirror(nn.Module):
 
     def encode(self, image, modality):
         assert modality == "MR" and not any(size % FACTOR for size in image.shape[2:])
-        n, _, d, h, w = (size // FACTOR for size in image.shape)
+        d, h, w = (size // FACTOR for size in image.shape[2:])
         blocks = image.reshape(-1, d, FACTOR, h, FACTOR, w, FACTOR)
         return blocks.permute(0, 2, 4, 6, 1, 3, 5).flatten(1, 3).clone()
 
@@ -79,6 +80,17 @@ def slab(mr, length):
     body = torch.zeros_like(mr)
     body[:, :, :length] = 1
     return body
+
+
+@pytest.mark.parametrize(
+    "size, padded", (((5, 9, 13), (16, 16, 24)), ((16, 17, 32), (16, 24, 32)), ((1, 30, 7), (16, 32, 24)))
+)
+def test_padding_replicates_the_edge_on_both_sides(size, padded):
+    x = torch.randn(2, 3, *size)
+    actual, inside = pad_to_windows(x, (16, 12, 24), 8)
+    margins = [((p - s) // 2, (p - s + 1) // 2) for s, p in zip(size, padded)]
+    assert torch.equal(actual, torch.from_numpy(np.pad(x.numpy(), [(0, 0), (0, 0), *margins], mode="edge")))
+    assert torch.equal(actual[inside], x)
 
 
 @pytest.mark.parametrize("sampling, steps", (("whole", 1), ("whole", 5), ("windows", 2)))
@@ -227,11 +239,11 @@ def test_volume_without_body_is_the_image_of_air(steps):
 
 
 def test_tiled_encoding_and_decoding_are_close_to_the_whole():
-    """Tiles of 128 at 0 and 96: they differ from the whole where they meet, and nowhere else."""
-    network, mr = tiny(), volume(224, 16, 16)
-    whole, tiled = (inferer(roi_size=(224, 16, 16), tile_size=(size, 16, 16))(mr, network) for size in (224, 128))
+    """Tiles of 128 at 0, 96 and 192: they differ from the whole where they meet, and nowhere else."""
+    network, mr = tiny(), volume(320, 16, 16)
+    whole, tiled = (inferer(roi_size=(320, 16, 16), tile_size=(size, 16, 16))(mr, network) for size in (320, 128))
     difference = (tiled - whole).abs() / whole.std()
-    assert 0 < difference.mean() < 0.02
+    assert 0 < difference.mean() < 0.015 and difference.max() < 0.8  # without blending 0.02 and 1.2 or more
     assert difference[:, :, :48].max() < 0.01 and difference[:, :, -48:].max() < 0.01
 
 

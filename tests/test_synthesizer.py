@@ -101,6 +101,26 @@ def test_latent_scale_gives_every_channel_mean_0_and_deviation_1(modality, row):
 
 
 @torch.no_grad()
+def test_latent_scale_counts_every_voxel_of_volumes_of_any_size_once():
+    network = tiny()
+    small, large = torch.randn(4, 1, 2, 3) - 5, 2 * torch.randn(4, 5, 4, 6)
+    network.set_latent_scale("CT", [small, large])
+    voxels = torch.cat([small.reshape(4, -1), large.reshape(4, -1)], dim=1)
+    torch.testing.assert_close(network.latent_mean[1], voxels.mean(1))
+    torch.testing.assert_close(network.latent_std[1], voxels.std(1))
+
+
+@torch.no_grad()
+def test_network_knows_whether_its_latent_scale_was_set():
+    network, loaded = tiny(), tiny()
+    assert not network.has_latent_scale
+    network.set_latent_scale("MR", torch.randn(2, 4, 3, 3, 3))
+    network.set_latent_scale("CT", torch.randn(2, 4, 3, 3, 3))
+    loaded.load_state_dict(network.state_dict())
+    assert network.has_latent_scale and loaded.has_latent_scale
+
+
+@torch.no_grad()
 def test_latent_scale_of_a_constant_channel_stays_finite():
     network = tiny()
     latents = torch.randn(2, 4, 2, 2, 2)

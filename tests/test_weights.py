@@ -1,0 +1,155 @@
+"""Weights on disk: exact, strict, safe to load, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+from conftest import files_in, tiny_network
+from torch import nn
+
+from custom_modules.volumes import InputError
+from custom_modules.weights import load_weights, load_weights_or_stop, save_weights
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    return tiny_network()
+
+
+def scrambled() -> nn.Module:
+    """The same network with other weights."""
+    other = tiny_network()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    return other
+
+
+def test_single_precision_comes_back_bit_for_bit(tmp_path, network):
+    save_weights(network, tmp_path / "model.pt", dtype=torch.float32)
+    loaded = load_weights(scrambled(), tmp_path / "model.pt").state_dict()
+    assert loaded.keys() == network.state_dict().keys()
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(loaded[name], tensor), name
+
+
+def test_half_precision_comes_back_in_the_networks_own_as_the_nearest_half(tmp_path, network):
+    save_weights(network, tmp_path / "model.pt")
+    on_disk = torch.load(tmp_path / "model.pt", weights_only=True)
+    loaded = load_weights(scrambled(), tmp_path / "model.pt").state_dict()
+    assert {tensor.dtype for tensor in on_disk.values() if tensor.is_floating_point()} == {torch.float16}
+    for name, tensor in network.state_dict().items():
+        assert loaded[name].dtype == tensor.dtype, name
+        assert torch.equal(loaded[name], tensor.half().to(tensor.dtype)), name
+
+
+def test_integers_keep_their_type(tmp_path):
+    network = nn.BatchNorm3d(2)
+    network.num_batches_tracked += 70000  # beyond what half precision holds
+    save_weights(network, tmp_path / "model.pt")
+    assert load_weights(nn.BatchNorm3d(2), tmp_path / "model.pt").num_batches_tracked == 70000
+
+
+def test_latent_scale_and_hu_window_travel_with_the_weights(tmp_path, network):
+    latents = torch.randn(5, 4, 3, 3, 3, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    network.set_latent_scale("CT", latents)
+    save_weights(network, tmp_path / "model.pt", dtype=torch.float32)
+    loaded = load_weights(tiny_network(), tmp_path / "model.pt")
+    torch.testing.assert_close(loaded.latent_mean[1], latents.mean(dim=(0, 2, 3, 4)))
+    torch.testing.assert_close(loaded.latent_std[1], latents.transpose(0, 1).flatten(1).std(dim=1))
+    assert loaded.hu_window.tolist() == [-1000, 1600]
+
+
+def test_another_hu_window_is_refused(tmp_path, network):
+    save_weights(network, tmp_path / "model.pt")
+    other = tiny_network()
+    other.hu_window.copy_(torch.tensor([-800.0, 800.0]))
+    with pytest.raises(InputError, match=r"-1000.*1600.*-800.*800"):
+        load_weights(other, tmp_path / "model.pt")
+
+
+def test_the_answer_is_the_sha256_of_the_file(tmp_path, network):
+    path = tmp_path / "new" / "model.pt"
+    assert save_weights(network, path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert files_in(tmp_path) == ["new/model.pt"]
+
+
+def edited(network: nn.Module, edit) -> dict:
+    state = dict(network.state_dict())
+    edit(state, list(state)[-1])
+    return state
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda state, name: state.pop(name),
+        lambda state, name: state.update(another=torch.zeros(1)),
+        lambda state, name: state.update({name: torch.zeros(3, 3)}),
+    ],
+    ids=["a key is missing", "a key too many", "another shape"],
+)
+def test_a_state_dict_that_does_not_fit_is_refused(tmp_path, network, edit):
+    torch.save(edited(network, edit), tmp_path / "model.pt")
+    with pytest.raises(InputError, match="another network") as error:
+        load_weights(tiny_network(), tmp_path / "model.pt")
+    assert str(error.value).startswith(f"{tmp_path / 'model.pt'}: ") and "\n" not in str(error.value)
+
+
+class Payload:
+    """A pickle that would make a file when it is loaded."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_code_in_a_weights_file_is_not_run(tmp_path):
+    torch.save({"a": Payload(tmp_path / "ran")}, tmp_path / "model.pt")
+    with pytest.raises(InputError, match="not readable as weights"):
+        load_weights(tiny_network(), tmp_path / "model.pt")
+    assert files_in(tmp_path) == ["model.pt"]
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights", None], ids=["empty", "text", "truncated"])
+def test_a_damaged_file_is_refused(tmp_path, network, content):
+    save_weights(network, tmp_path / "model.pt")
+    whole = (tmp_path / "model.pt").read_bytes()
+    (tmp_path / "model.pt").write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(InputError, match="not readable as weights") as error:
+        load_weights(tiny_network(), tmp_path / "model.pt")
+    assert str(tmp_path / "model.pt") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_file_ends_the_program_with_one_line(tmp_path, network):
+    with pytest.raises(SystemExit) as end:
+        load_weights_or_stop(network, tmp_path / "none.pt")
+    assert end.value.code.startswith(f"error: {tmp_path / 'none.pt'}: ") and "\n" not in end.value.code
+
+
+def test_weights_that_do_not_fit_leave_the_program_by_one_line(tmp_path, network):
+    save_weights(nn.Linear(2, 2), tmp_path / "model.pt")
+    with pytest.raises(SystemExit) as end:
+        load_weights_or_stop(network, tmp_path / "model.pt")
+    assert str(tmp_path / "model.pt") in end.value.code and "\n" not in end.value.code
+
+
+def test_a_failure_to_save_leaves_what_was_there(tmp_path, network, monkeypatch):
+    path = tmp_path / "model.pt"
+    save_weights(network, path)
+    before = path.read_bytes()
+
+    def fails_half_way(state, file, *args, **kwargs):
+        with open(file, "wb") as stream:
+            stream.write(b"half of it")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", fails_half_way)
+    with pytest.raises(OSError, match="No space"):
+        save_weights(scrambled(), path)
+    assert path.read_bytes() == before
+    assert files_in(tmp_path) == ["model.pt"]
