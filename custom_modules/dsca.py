@@ -12,10 +12,12 @@ from custom_modules.blocks import ChannelRMSNorm
 
 def pool_to_tokens(z: Tensor, max_tokens: int) -> Tensor:
     """Average-pool (N, c, d, h, w) by the smallest power of two that leaves at most ``max_tokens`` voxels."""
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be 1 or more, got {max_tokens}")
     factor = 1
     while torch.Size(-(-size // factor) for size in z.shape[2:]).numel() > max_tokens:
         factor *= 2
-    return z if factor == 1 else F.avg_pool3d(z, factor, ceil_mode=True, count_include_pad=False)
+    return F.avg_pool3d(z, [min(factor, size) for size in z.shape[2:]], ceil_mode=True)
 
 
 class _CrossAttention(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,8 @@ class LatentSamplingInferer(Inferer):
         num_inference_steps: DDIM steps.
         num_samples: latents drawn; the answer is the mean of their images.
         seed: of the noise, which is drawn on the CPU and so is the same on every device.
-        tile_size: largest image tile that is encoded or decoded at once, in voxels.
+        tile_size: largest image tile that is encoded or decoded at once, in voxels; rounded down to multiples of
+            four times what the networks divide by (64).
         sw_batch_size: windows a batch; chosen by the free memory of the device when None.
         amp: bfloat16 autocast.
         progress: show a bar over the steps.
@@ -107,28 +108,28 @@ class LatentSamplingInferer(Inferer):
     def _steps(self, steps):
         return tqdm(steps, desc="sampling", unit="step", disable=not self.progress)
 
-    def _noise(self, like: Tensor, generator: torch.Generator) -> Tensor:
-        return torch.randn(like.shape, generator=generator).to(like)
-
-    def _whole(self, mr: Tensor, body: Tensor, network: Synthesizer, roi_size: list[int], batch: int, generator: torch.Generator) -> Tensor:
+    def _whole(
+        self, mr: Tensor, body: Tensor, network: Synthesizer, roi_size: list[int], batch: int, generator: torch.Generator
+    ) -> Tensor:
         f = network.autoencoder.downsampling
-        z_mr = self._tiled(mr, lambda tile: network.encode(tile, "MR"), [min(t, s) for t, s in zip(self.tile_size, mr.shape[2:])])
+        step = 4 * network.downsampling  # so that a quarter of a tile, the overlap, stays on the coarsest grid
+        tile_size = [max(size // step, 1) * step for size in self.tile_size]
+        z_mr = self._tiled(mr, lambda tile: network.encode(tile, "MR"), tile_size)
         latent_body = F.max_pool3d(body, f)
         air = network.air_latent().expand_as(z_mr)
         window = [size // f for size in roi_size]
+
+        def predict(z: Tensor, t: int) -> Tensor:
+            stack = torch.cat([z, z_mr, network.schedule.output_for(air, z, t), latent_body], dim=1)
+            return sliding_window_inference(
+                stack, window, batch, lambda w: self._predict_windows(w, network, t), self.overlap, mode="gaussian"
+            )
+
         total: Tensor | float = 0.0
         for _ in range(self.num_samples):
-
-            def predict(z: Tensor, t: int) -> Tensor:
-                stack = torch.cat([z, z_mr, network.schedule.output_for(air, z, t), latent_body], dim=1)
-                return sliding_window_inference(
-                    stack, window, batch, lambda w: self._predict_windows(w, network, t),
-                    self.overlap, mode="gaussian",
-                )  # fmt: skip
-
-            z = network.schedule.sample(predict, self._noise(z_mr, generator), self.num_inference_steps, self._steps)
-            tile = [min(t // f, s) for t, s in zip(self.tile_size, z.shape[2:])]
-            total = total + self._tiled(z, network.decode, tile)
+            noise = torch.randn(z_mr.shape, generator=generator).to(z_mr)
+            z = network.schedule.sample(predict, noise, self.num_inference_steps, self._steps)
+            total = total + self._tiled(z, network.decode, [size // f for size in tile_size])
         return total / self.num_samples
 
     @staticmethod
@@ -142,24 +143,30 @@ class LatentSamplingInferer(Inferer):
             output[inside] = network.predict(z[inside], t, z_mr[inside]).to(output.dtype)
         return output
 
-    def _tiled(self, x: Tensor, predictor, tile: list[int]) -> Tensor:
+    @staticmethod
+    def _tiled(x: Tensor, predictor: Callable[[Tensor], Tensor], tile_size: list[int]) -> Tensor:
+        tile = [min(t, size) for t, size in zip(tile_size, x.shape[2:])]
         if list(x.shape[2:]) == tile:
             return predictor(x)
         return sliding_window_inference(x, tile, 1, predictor, overlap=0.25, mode="gaussian", sigma_scale=0.25)
 
-    def _windows(self, mr: Tensor, body: Tensor, network: Synthesizer, roi_size: list[int], batch: int, generator: torch.Generator) -> Tensor:
+    def _windows(
+        self, mr: Tensor, body: Tensor, network: Synthesizer, roi_size: list[int], batch: int, generator: torch.Generator
+    ) -> Tensor:
         def synthesize(stack: Tensor) -> Tensor:
             image, mask = stack.split(1, dim=1)
             inside = mask.flatten(1).any(dim=1)
             ct = torch.full_like(image, -1.0)
-            if inside.any():
-                z_mr = network.encode(image[inside], "MR")
-                predict = lambda z, t: network.predict(z, t, z_mr)  # noqa: E731
-                samples = [
-                    network.decode(network.schedule.sample(predict, self._noise(z_mr, generator), self.num_inference_steps))
-                    for _ in range(self.num_samples)
-                ]
-                ct[inside] = torch.stack(samples).mean(0).to(ct.dtype)
+            if not inside.any():
+                return ct
+            z_mr = network.encode(image[inside], "MR")
+            # all samples of a window are drawn together, so that the noise does not depend on the window batch
+            noise = torch.randn((len(z_mr), self.num_samples, *z_mr.shape[1:]), generator=generator).to(z_mr)
+            total: Tensor | float = 0.0
+            for z in noise.unbind(1):
+                z = network.schedule.sample(lambda z, t: network.predict(z, t, z_mr), z, self.num_inference_steps)
+                total = total + network.decode(z)
+            ct[inside] = (total / self.num_samples).to(ct.dtype)
             return ct
 
         stack = torch.cat([mr, body], dim=1)

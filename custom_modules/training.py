@@ -12,7 +12,7 @@ from ignite.engine import Engine
 from monai.data import CacheDataset, DataLoader, Dataset
 from monai.engines import DiffusionPrepareBatch, IterationEvents, PrepareBatch
 from monai.inferers import Inferer
-from monai.transforms import Randomizable, RandSpatialCropd
+from monai.transforms import Randomizable
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from tqdm import trange
@@ -125,13 +125,15 @@ class LatentDataset(Randomizable, Dataset):
     stage 2 is spent on the denoiser. Latents come from whole volumes, as in sampling: a crop of them knows what
     stands beside it. A network whose latent scale was never set gets it here, from the training latents.
 
-    Items are ``image``, the CT latent, and ``z_mr``, both (c, *roi) and normalised.
+    Items are ``image``, the CT latent, and ``z_mr``, both (c, *roi / f) and normalised, and with ``images`` also
+    ``label``, the CT (1, *roi) in [-1, 1] at the same place.
 
     Args:
         data: datalist of ``image`` and ``label``.
         transform: deterministic and then random, up to images in [-1, 1].
         network: with the autoencoder's weights.
         roi_size: of a crop, in image voxels.
+        images: keep the CT itself too.
     """
 
     def __init__(
@@ -143,12 +145,10 @@ class LatentDataset(Randomizable, Dataset):
         versions: int = 16,
         amp: bool = True,
         seed: int = 0,
+        images: bool = False,
     ) -> None:
         super().__init__(data, transform)
-        self.network, self.roi_size, self.versions, self.amp = network, roi_size, versions, amp
-        f = network.autoencoder.downsampling
-        self.crop = RandSpatialCropd(["image", "z_mr"], roi_size=[size // f for size in roi_size], random_size=False)
-        self.crop.set_random_state(seed)
+        self.network, self.roi_size, self.versions, self.amp, self.images = network, roi_size, versions, amp, images
         self.set_random_state(seed)
         self.latents: list[list[dict[str, Tensor]]] = []
 
@@ -180,11 +180,20 @@ class LatentDataset(Randomizable, Dataset):
             volume, _ = pad_to_windows(_as_tensor(batch, key, device, False), self.roi_size, network.downsampling)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.amp):
                 item[name] = network.autoencoder.encode(volume)[0][0].cpu().half()
+            if key == "label" and self.images:
+                item[key] = volume[0].cpu().half()
         return item
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         version = self.latents[index][self.R.randint(len(self.latents[index]))]
-        return {key: value.float() for key, value in self.crop(version).items()}
+        f = self.network.autoencoder.downsampling
+        roi = [size // f for size in self.roi_size]
+        start = [self.R.randint(size - r + 1) for size, r in zip(version["image"].shape[1:], roi)]
+
+        def crop(volume: Tensor, scale: int) -> Tensor:
+            return volume[(..., *(slice(s * scale, (s + r) * scale) for s, r in zip(start, roi)))].float()
+
+        return {key: crop(value, f if key == "label" else 1) for key, value in version.items()}
 
 
 class LatentPrepareBatch(DiffusionPrepareBatch):
@@ -197,6 +206,39 @@ class LatentPrepareBatch(DiffusionPrepareBatch):
 
     def get_target(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return self.schedule.target(images, noise, timesteps)
+
+
+class EstimatePrepareBatch(PrepareBatch):
+    """Decoder adaptation: the denoiser's one-step estimates of the clean CT latent (Eq. 14) as input, the CT as target.
+
+    Half of the estimates are made from pure noise, as the first sampling step makes them; the others from random
+    timesteps.
+    """
+
+    def __init__(self, network: Synthesizer, amp: bool = True) -> None:
+        self.network, self.amp = network, amp
+
+    @torch.no_grad()
+    def __call__(
+        self, batchdata: Mapping[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        clean, z_mr, ct = (_as_tensor(batchdata, key, device, non_blocking) for key in ("image", "z_mr", "label"))
+        schedule = self.network.schedule
+        last = schedule.inference_timesteps(1)[0][0]
+        timesteps = torch.randint(0, last + 1, (len(clean),), device=clean.device)
+        timesteps[: len(clean) // 2] = last
+        z = schedule.add_noise(clean, torch.randn_like(clean), timesteps)
+        with torch.autocast(clean.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            output = self.network.denoiser(torch.cat([z, z_mr], dim=1), timesteps)
+        estimates = [schedule.step(o, int(t), -1, x) for o, t, x in zip(output, timesteps, z)]
+        return torch.stack(estimates), ct
+
+
+class DecodeInferer(Inferer):
+    """Decode latents by the network's decoder."""
+
+    def __call__(self, inputs: Tensor, network: Synthesizer, *args: Any, **kwargs: Any) -> Tensor:
+        return network.decode(inputs)
 
 
 class GradientClipping:

@@ -262,12 +262,13 @@ def stop(message: str) -> NoReturn:
     raise SystemExit(f"error: {message}")
 
 
-def volumes_or_stop(path: str | Path) -> list[dict[str, str]]:
-    """:func:`find_volumes` for configs: an :class:`InputError` ends the program with its one line."""
-    try:
-        return find_volumes(path)
-    except InputError as error:
-        stop(str(error))
+def require_volumes(found: Sequence[Mapping[str, str]], path: str | Path) -> None:
+    """End the program with one line that says why, where :func:`find_volumes` found nothing in ``path``."""
+    if not found:
+        try:
+            find_volumes(path)
+        except InputError as error:
+            stop(str(error))
 
 
 def writable_or_stop(path: str | Path) -> str:

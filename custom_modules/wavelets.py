@@ -53,11 +53,9 @@ class _Haar(torch.autograd.Function):
 
 
 def _haar(x: Tensor, inverse: bool) -> Tensor:
-    """In the precision of ``x``: autocast would round the image itself to bfloat16, several HU."""
-    with torch.autocast(x.device.type, enabled=False):
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _Haar.apply(x, inverse)
-        return _haar_inverse(x) if inverse else _haar_forward(x)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Haar.apply(x, inverse)
+    return _haar_inverse(x) if inverse else _haar_forward(x)
 
 
 class WaveletTransform3d(nn.Module):
@@ -89,34 +87,43 @@ class WaveletTransform3d(nn.Module):
         self.filters = nn.ParameterList(nn.Parameter(t.flatten(), requires_grad=False) for t in taps)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.filters is None:
-            odd = [size % 2 for size in x.shape[2:]]
-            if any(odd):  # one more sample at the end equals the half-sample symmetric extension
-                x = F.pad(x, (0, odd[2], 0, odd[1], 0, odd[0]), mode="replicate")
-            return _haar(x, inverse=False)
+        """(N, C, D, H, W) to (N, 8 C, ...), in the precision of ``x``: autocast would round the image itself."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self._filter_forward(x) if self.filters else self._pad_and_transform(x)
+
+    def inverse(self, bands: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
+        """(N, 8 C, ...) back to (N, C, *size). ``size`` is the spatial size that was transformed."""
+        with torch.autocast(bands.device.type, enabled=False):
+            x = self._filter_inverse(bands, size) if self.filters else _haar(bands, inverse=True)
+            return x[:, :, : size[0], : size[1], : size[2]]
+
+    @staticmethod
+    def _pad_and_transform(x: Tensor) -> Tensor:
+        odd = [size % 2 for size in x.shape[2:]]
+        if any(odd):  # one more sample at the end equals the half-sample symmetric extension
+            x = F.pad(x, (0, odd[2], 0, odd[1], 0, odd[0]), mode="replicate")
+        return _haar(x, inverse=False)
+
+    def _filter_forward(self, x: Tensor) -> Tensor:
         from pytorch_wavelets.dwt.lowlevel import afb1d
 
         channels = x.shape[1]
         for axis in (2, 3, 4):  # each pass appends its letter to the band's name, so depth is the slowest
             lines, back = _as_images(x, axis)
-            bands = afb1d(lines, *(f.view(1, 1, -1, 1) for f in self.filters[:2]), mode="symmetric", dim=2)
-            x = back(bands.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2), groups=2)
+            bands = afb1d(lines, *(f.to(x).view(1, 1, -1, 1) for f in self.filters[:2]), mode="symmetric", dim=2)
+            x = back(bands.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2))
         return x.unflatten(1, (2, 2, 2, channels)).permute(0, 3, 2, 1, 4, 5, 6, 7).flatten(1, 4)
 
-    def inverse(self, bands: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
-        """(N, 8 C, ...) back to (N, C, *size). ``size`` is the spatial size that was transformed."""
-        if self.filters is None:
-            x = _haar(bands, inverse=True)
-        else:
-            from pytorch_wavelets.dwt.lowlevel import sfb1d
+    def _filter_inverse(self, bands: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
+        from pytorch_wavelets.dwt.lowlevel import sfb1d
 
-            filters = [f.view(1, 1, -1, 1) for f in self.filters[2:]]
-            x = bands.unflatten(1, (2, 2, 2, -1)).permute(0, 3, 2, 1, 4, 5, 6, 7).flatten(1, 4)
-            for axis, length in zip((4, 3, 2), reversed(size)):
-                low, high = x.chunk(2, dim=1)
-                (low, back), (high, _) = _as_images(low, axis), _as_images(high, axis)
-                x = back(sfb1d(low, high, *filters, mode="symmetric", dim=2)[:, :, :length], groups=1)
-        return x[:, :, : size[0], : size[1], : size[2]]
+        filters = [f.to(bands).view(1, 1, -1, 1) for f in self.filters[2:]]
+        x = bands.unflatten(1, (2, 2, 2, -1)).permute(0, 3, 2, 1, 4, 5, 6, 7).flatten(1, 4)
+        for axis, length in zip((4, 3, 2), reversed(size)):
+            low, high = x.chunk(2, dim=1)
+            (low, back), (high, _) = _as_images(low, axis), _as_images(high, axis)
+            x = back(sfb1d(low, high, *filters, mode="symmetric", dim=2)[:, :, :length])
+        return x
 
 
 def _as_images(x: Tensor, axis: int):
@@ -126,7 +133,7 @@ def _as_images(x: Tensor, axis: int):
     sizes = [x.shape[a] for a in rest]
     images = x.permute(order).flatten(3)
 
-    def back(y: Tensor, groups: int) -> Tensor:
+    def back(y: Tensor) -> Tensor:
         y = y.unflatten(3, sizes)
         return y.permute([order.index(a) for a in range(5)])
 

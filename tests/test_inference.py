@@ -258,11 +258,13 @@ def test_bad_input_ends_with_one_line_that_names_it_and_writes_nothing(tmp_path,
     assert files_in(tmp_path / "out") == []
 
 
-def test_an_empty_folder_ends_with_one_line_that_names_it(tmp_path, infer):
-    (tmp_path / "in").mkdir()
-    message = ending(infer, tmp_path / "in", tmp_path / "out")
-    assert str(tmp_path / "in") in message and len(message.splitlines()) == 1
-    assert files_in(tmp_path) == []
+@pytest.mark.parametrize("name", ["missing", "empty", "notes.txt", "missing.nii.gz"])
+def test_nothing_to_read_ends_with_one_line_that_names_the_path(tmp_path, infer, name):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("no volume")
+    message = ending(infer, tmp_path / name, tmp_path / "out")
+    assert str(tmp_path / name) in message and len(message.splitlines()) == 1
+    assert files_in(tmp_path) == ["notes.txt"]
 
 
 def test_bad_files_in_a_folder_do_not_stop_the_good_one(tmp_path, infer, good):

@@ -32,6 +32,7 @@ class Mirror(nn.Module):
     def __init__(self):
         super().__init__()
         self.autoencoder = SimpleNamespace(downsampling=FACTOR, latent_channels=FACTOR**3)
+        self.denoiser = SimpleNamespace(time_channels=8)
         self.schedule = DDIMSchedule()
         self.windows = []
 
@@ -144,11 +145,12 @@ def test_one_inferer_gives_every_patient_the_same_answer_twice():
     assert torch.equal(sampler(mr, network), sampler(mr, network))
 
 
-def test_whole_sampling_does_not_depend_on_the_window_batch():
-    network, mr = tiny(), volume(40, 24, 16)
-    settings = {"num_inference_steps": 3}
+@pytest.mark.parametrize("sampling, num_samples", (("whole", 1), ("whole", 2), ("windows", 1), ("windows", 2)))
+def test_answer_does_not_depend_on_the_window_batch(sampling, num_samples):
+    network, mr = tiny(), volume(32, 24, 16)
+    settings = {"sampling": sampling, "num_samples": num_samples}
     expected = inferer(sw_batch_size=1, **settings)(mr, network)
-    for batch in (3, 64):
+    for batch in (None, 3, 64):
         torch.testing.assert_close(inferer(sw_batch_size=batch, **settings)(mr, network), expected, atol=1e-5, rtol=0)
 
 

@@ -54,8 +54,9 @@ def test_bone_where_there_is_none_is_an_overlap_of_zero():
 
 
 def test_250_hu_is_not_yet_bone():
-    assert score(np.array([[[251.0, 250.0]]]), np.array([[[251.0, 250.0]]]), np.ones((1, 1, 2), bool))["bone_dice"] == 1
-    assert math.isnan(score(np.full((1, 1, 2), 250.0), np.full((1, 1, 2), 250.0), np.ones((1, 1, 2), bool))["bone_dice"])
+    limit = np.array([[[250.0, 250.0]]])
+    assert score(limit + 1, limit + 1, np.ones((1, 1, 2), bool))["bone_dice"] == 1
+    assert math.isnan(score(limit, limit, np.ones((1, 1, 2), bool))["bone_dice"])
 
 
 def test_an_empty_mask_has_no_score():

@@ -171,12 +171,14 @@ def test_where_there_are_no_shoulders_the_answer_is_none(limb):
     assert shoulder_slice(LIMBS[limb]) is None
 
 
-def test_all_keys_are_cropped_above_the_shoulders():
+def test_above_the_shoulders_is_no_body_and_below_nothing_changes():
     mr = head_and_shoulders()
     data = {"image": tensor(mr), "label": tensor(mr + 5), "body": tensor(mr > 0)}
     cropped = CropAboveShouldersd(["image", "label", "body"])(data)
+    assert cropped["image"].shape == cropped["label"].shape == cropped["body"].shape
+    assert not cropped["body"][..., 20:].any()
     for key, expected in (("image", mr), ("label", mr + 5), ("body", mr > 0)):
-        np.testing.assert_array_equal(cropped[key][0], expected[..., :20])
+        np.testing.assert_array_equal(cropped[key][0, ..., :20], expected[..., :20])
     assert torch.equal(cropped["image"].affine, data["image"].affine)
 
 
@@ -269,10 +271,10 @@ def pair(tmp_path) -> dict[str, str]:
 
 def test_preprocessing_gives_mr_ct_and_body_on_one_ras_grid_around_the_body(pair):
     data = Preprocess((2, 2, 2), label=True)(pair)
-    assert set(data) == {"image", "label", "body"}
+    assert not [key for key in data if key.startswith(("image_", "label_", "body_"))]  # Spacingd trips over them
     assert data["image"].shape == data["label"].shape == data["body"].shape
     np.testing.assert_allclose(data["image"].affine[:3, :3], 2 * np.eye(3), atol=1e-5)
-    assert all(np.any(np.take(data["body"][0], end, axis)) for axis in range(3) for end in (0, -1))
+    assert all(np.take(data["body"][0], ends, axis).any() for axis in range(3) for ends in ([0, 1], [-2, -1]))
     extent = np.array(data["body"].shape[1:]) * 2
     assert (np.abs(extent - (48 + 2 * 6)) <= 8).all()  # the cube, its margin, and a voxel or two of resampling
 
@@ -292,6 +294,14 @@ def test_preprocessing_remembers_the_grid_of_the_file(pair):
     image = Preprocess((2, 2, 2))({"image": pair["image"]})["image"]
     np.testing.assert_allclose(image.meta["source_affine"], nib.load(pair["image"]).affine, atol=1e-6)
     assert image.meta["source_shape"].tolist() == [48, 30, 20]
+
+
+def test_preprocessing_cuts_head_and_neck_away_where_asked(tmp_path):
+    """The shoulders end at 40 mm, the head at 80; the margin of the body and one slice may stay."""
+    path = str(save(tmp_path / "a.nii", head_and_shoulders()))
+    whole, cropped = (Preprocess((2, 2, 2), crop_above_shoulders=c)({"image": path})["image"] for c in (False, True))
+    assert whole.shape[3] >= 40 and 20 <= cropped.shape[3] <= 25
+    np.testing.assert_array_equal(cropped.affine[2], whole.affine[2])
 
 
 def test_preprocessing_refuses_a_ct_on_another_grid(tmp_path, pair):

@@ -31,7 +31,7 @@ from custom_modules.volumes import (
     find_volumes,
     one_line,
     read_volume,
-    volumes_or_stop,
+    require_volumes,
     writable_or_stop,
     write_volume,
 )
@@ -174,8 +174,13 @@ def test_nothing_to_read_is_an_error_of_one_line_that_names_the_path(tmp_path, p
         find_volumes(tmp_path / path)
     assert str(tmp_path / path) in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(SystemExit) as end:
-        volumes_or_stop(tmp_path / path)
+        require_volumes([], tmp_path / path)
     assert end.value.code == f"error: {error.value}"
+
+
+def test_volumes_that_were_found_do_not_stop_the_program(tmp_path):
+    (tmp_path / "a.nii").touch()
+    require_volumes(find_volumes(tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize("path", ["missing", "empty"])

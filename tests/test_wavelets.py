@@ -72,8 +72,8 @@ def test_gradients_of_both_directions_are_those_of_finite_differences(wavelet, s
     transform = WaveletTransform3d(wavelet).double()
     x = torch.randn(1, 2, *size, dtype=torch.float64, requires_grad=True)
     bands = torch.randn_like(transform(x.detach())).requires_grad_()
-    assert torch.autograd.gradcheck(transform, (x,))
-    assert torch.autograd.gradcheck(lambda b: transform.inverse(b, size), (bands,))
+    assert torch.autograd.gradcheck(transform, (x,), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda b: transform.inverse(b, size), (bands,), fast_mode=True)
 
 
 @pytest.mark.parametrize("name", ("nope", "", "gaus1"))
