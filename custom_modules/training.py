@@ -118,6 +118,14 @@ class AutoencoderLoss(nn.Module):
         return loss
 
 
+def has_both(mr: Tensor, ct: Tensor) -> Tensor:
+    """Where a pair can teach: not where the MR shows tissue and the CT air, beyond the CT's own field of view.
+
+    Both in [-1, 1]; tissue is MR above 8 % of its window, air is CT in the lowest 23 % of its (below -400 HU).
+    """
+    return ~((mr > -0.84) & (ct < -0.54))
+
+
 class LatentDataset(Randomizable, Dataset):
     """MR and CT latents of whole volumes, encoded once by the frozen autoencoder; a random crop of one an item.
 
@@ -126,7 +134,7 @@ class LatentDataset(Randomizable, Dataset):
     stands beside it. A network whose latent scale was never set gets it here, from the training latents.
 
     Items are ``image``, the CT latent, and ``z_mr``, both (c, *roi / f) and normalised, and with ``images`` also
-    ``label``, the CT (1, *roi) in [-1, 1] at the same place.
+    ``label``, the CT (1, *roi) in [-1, 1] at the same place, and ``valid``, see :func:`has_both`.
 
     Args:
         data: datalist of ``image`` and ``label``.
@@ -182,6 +190,8 @@ class LatentDataset(Randomizable, Dataset):
                 item[name] = network.autoencoder.encode(volume)[0][0].cpu().half()
             if key == "label" and self.images:
                 item[key] = volume[0].cpu().half()
+                mr, _ = pad_to_windows(_as_tensor(batch, "image", device, False), self.roi_size, network.downsampling)
+                item["valid"] = has_both(mr, volume)[0].cpu()
         return item
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -193,7 +203,7 @@ class LatentDataset(Randomizable, Dataset):
         def crop(volume: Tensor, scale: int) -> Tensor:
             return volume[(..., *(slice(s * scale, (s + r) * scale) for s, r in zip(start, roi)))].float()
 
-        return {key: crop(value, f if key == "label" else 1) for key, value in version.items()}
+        return {key: crop(value, f if key in ("label", "valid") else 1) for key, value in version.items()}
 
 
 class LatentPrepareBatch(DiffusionPrepareBatch):
@@ -208,37 +218,51 @@ class LatentPrepareBatch(DiffusionPrepareBatch):
         return self.schedule.target(images, noise, timesteps)
 
 
-class EstimatePrepareBatch(PrepareBatch):
-    """Decoder adaptation: the denoiser's one-step estimates of the clean CT latent (Eq. 14) as input, the CT as target.
+class EstimatePrepareBatch(LatentPrepareBatch):
+    """Fine-tuning: as stage 2, with the CT itself beside the schedule's target, and half of each batch at the timestep
+    that sampling starts from."""
 
-    Half of the estimates are made from pure noise, as the first sampling step makes them; the others from random
-    timesteps.
-    """
+    def get_timesteps(self, images: Tensor) -> Tensor:
+        timesteps = super().get_timesteps(images)
+        timesteps[: len(images) // 2] = self.schedule.inference_timesteps(1)[0][0]
+        return timesteps
 
-    def __init__(self, network: Synthesizer, amp: bool = True) -> None:
-        self.network, self.amp = network, amp
-
-    @torch.no_grad()
     def __call__(
         self, batchdata: Mapping[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], tuple, dict]:
+        latents = {key: batchdata[key] for key in ("image", "z_mr")}
+        clean, target, args, infer_kwargs = super().__call__(latents, device, non_blocking, **kwargs)
+        ct, valid = (_as_tensor(batchdata, key, device, non_blocking) for key in ("label", "valid"))
+        return clean, (target, ct, valid), args, infer_kwargs
+
+
+class EstimateInferer(Inferer):
+    """The denoiser's output for noisy latents, and the decoded one-step estimate of the clean latent (Eq. 14)."""
+
+    def __call__(  # type: ignore[override]
+        self, inputs: Tensor, network: Synthesizer, noise: Tensor, timesteps: Tensor, condition: Tensor
     ) -> tuple[Tensor, Tensor]:
-        clean, z_mr, ct = (_as_tensor(batchdata, key, device, non_blocking) for key in ("image", "z_mr", "label"))
-        schedule = self.network.schedule
-        last = schedule.inference_timesteps(1)[0][0]
-        timesteps = torch.randint(0, last + 1, (len(clean),), device=clean.device)
-        timesteps[: len(clean) // 2] = last
-        z = schedule.add_noise(clean, torch.randn_like(clean), timesteps)
-        with torch.autocast(clean.device.type, dtype=torch.bfloat16, enabled=self.amp):
-            output = self.network.denoiser(torch.cat([z, z_mr], dim=1), timesteps)
-        estimates = [schedule.step(o, int(t), -1, x) for o, t, x in zip(output, timesteps, z)]
-        return torch.stack(estimates), ct
+        schedule = network.schedule
+        noisy = schedule.add_noise(inputs, noise, timesteps)
+        output = network.denoiser(torch.cat([noisy, condition], dim=1), timesteps)
+        estimates = [schedule.step(o, int(t), -1, z) for o, t, z in zip(output, timesteps, noisy)]
+        return output, network.decode(torch.stack(estimates))
 
 
-class DecodeInferer(Inferer):
-    """Decode latents by the network's decoder."""
+class EstimateLoss(nn.Module):
+    """L1 between decoded estimate and CT, + ``latent_weight`` times the latent diffusion loss (Eq. 12), both where the
+    pair is valid (:func:`has_both`)."""
 
-    def __call__(self, inputs: Tensor, network: Synthesizer, *args: Any, **kwargs: Any) -> Tensor:
-        return network.decode(inputs)
+    def __init__(self, latent_weight: float = 0.02) -> None:
+        super().__init__()
+        self.latent_weight = latent_weight
+
+    def forward(self, output: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        (prediction, image), (clean, ct, valid) = output, target
+        l1 = ((image - ct).abs() * valid).sum() / valid.sum().clamp_min(1)
+        whole = F.adaptive_avg_pool3d(valid, prediction.shape[2:]) > 0.95
+        l2 = ((prediction - clean).square().mean(dim=1, keepdim=True) * whole).sum() / whole.sum().clamp_min(1)
+        return l1 + self.latent_weight * l2
 
 
 class GradientClipping:

@@ -16,9 +16,12 @@ from custom_modules.synthesizer import Synthesizer
 from custom_modules.training import (
     AutoencoderLoss,
     DistinctPatientSampler,
+    EstimateLoss,
+    EstimatePrepareBatch,
     GradientClipping,
     LatentDataset,
     LatentPrepareBatch,
+    has_both,
 )
 from custom_modules.volumes import InputError
 
@@ -134,14 +137,18 @@ def test_gradients_are_clipped():
 
 def run_config(name, **overrides):
     workflow = ConfigWorkflow(config_file=f"configs/{name}.yaml", workflow_type="train", **overrides)
-    for key, value in {"network_def#autoencoder": TINY_AUTOENCODER}.items() if name == "train" else {}.items():
-        workflow.parser[key] = {"_target_": "custom_modules.autoencoder.WaveletAutoencoderKL", **value}
+    if name != "train_autoencoder":
+        target = "custom_modules.autoencoder.WaveletAutoencoderKL"
+        workflow.parser["network_def#autoencoder"] = {"_target_": target, **TINY_AUTOENCODER}
+    if name == "finetune":
+        target = "custom_modules.denoiser.LatentDenoiser"
+        workflow.parser["network_def#denoiser"] = {"_target_": target, **TINY_DENOISER}
     workflow.initialize()
     workflow.run()
     return workflow
 
 
-def test_both_stages_train_on_a_datalist_and_leave_weights_that_load_strictly(phantoms, tmp_path):
+def test_all_stages_train_on_a_datalist_and_leave_weights_that_load_strictly(phantoms, tmp_path):
     small = {"dataset_dir": str(phantoms), "roi_size": [32, 32, 32], "batch_size": 2, "batches_per_epoch": 3}
     first = run_config(
         "train_autoencoder", **small, max_epochs=1, output_dir=str(tmp_path / "ae"),
@@ -161,6 +168,14 @@ def test_both_stages_train_on_a_datalist_and_leave_weights_that_load_strictly(ph
     for key, value in before.items():  # the autoencoder stays frozen
         torch.testing.assert_close(state[f"autoencoder.{key}"], value)
     assert any(not torch.equal(fresh[k], v) for k, v in network.denoiser.state_dict().items())
+    run_config(
+        "finetune", **small, max_epochs=1, versions=1, val_interval=1, output_dir=str(tmp_path / "fine"),
+        checkpoint=str(tmp_path / "ldm/model.pt"),
+    )  # fmt: skip
+    tuned = torch.load(tmp_path / "fine/model.pt", weights_only=True)
+    changed = {key.split(".")[0] + "." + key.split(".")[1] for key in state if not torch.equal(state[key], tuned[key])}
+    assert any(name.startswith("denoiser") for name in changed)
+    assert "autoencoder.decoder" in changed and "autoencoder.encoder" not in changed
 
 
 def test_a_ct_on_another_grid_is_refused_by_name(phantoms, tmp_path):
@@ -175,3 +190,28 @@ def test_a_ct_on_another_grid_is_refused_by_name(phantoms, tmp_path):
     while cause.__cause__ is not None and not isinstance(cause, InputError):
         cause = cause.__cause__
     assert isinstance(cause, InputError) and "ct.nii.gz" in str(cause)
+
+
+def test_tissue_in_the_mr_and_air_in_the_ct_cannot_teach():
+    mr, ct = torch.tensor([-1.0, -1.0, 0.5, 0.5]), torch.tensor([-1.0, -0.2, -1.0, -0.2])
+    assert has_both(mr, ct).tolist() == [True, True, False, True]
+
+
+def test_fine_tuning_loss_counts_only_valid_voxels():
+    torch.manual_seed(0)
+    ct, image = torch.zeros(1, 1, 8, 8, 8), torch.zeros(1, 1, 8, 8, 8)
+    valid, clean, prediction = torch.ones_like(ct), torch.zeros(1, 4, 2, 2, 2), torch.ones(1, 4, 2, 2, 2)
+    image[..., :4], valid[..., :4], image[..., 4:] = 9.0, 0.0, 0.5
+    loss = EstimateLoss(latent_weight=0.1)
+    assert loss((prediction, image), (clean, ct, valid)) == pytest.approx(0.5 + 0.1 * 1.0)
+    prediction[..., 0] = 7.0  # these latent voxels are not valid either
+    assert loss((prediction, image), (clean, ct, valid)) == pytest.approx(0.5 + 0.1 * 1.0)
+
+
+def test_half_of_a_fine_tuning_batch_starts_where_sampling_does():
+    schedule = DDIMSchedule()
+    batch = {k: torch.randn(4, 4, 2, 2, 2) for k in ("image", "z_mr")}
+    batch |= {k: torch.rand(4, 1, 8, 8, 8) for k in ("label", "valid")}
+    _, (target, ct, valid), _, kwargs = EstimatePrepareBatch(schedule)(batch, "cpu")
+    assert kwargs["timesteps"][:2].tolist() == [schedule.inference_timesteps(1)[0][0]] * 2
+    assert target.shape == batch["image"].shape and torch.equal(ct, batch["label"]) and torch.equal(valid, batch["valid"])

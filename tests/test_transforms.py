@@ -275,8 +275,8 @@ def test_preprocessing_gives_mr_ct_and_body_on_one_ras_grid_around_the_body(pair
     assert data["image"].shape == data["label"].shape == data["body"].shape
     np.testing.assert_allclose(data["image"].affine[:3, :3], 2 * np.eye(3), atol=1e-5)
     assert all(np.take(data["body"][0], ends, axis).any() for axis in range(3) for ends in ([0, 1], [-2, -1]))
-    extent = np.array(data["body"].shape[1:]) * 2
-    assert (np.abs(extent - (48 + 2 * 6)) <= 8).all()  # the cube, its margin, and a voxel or two of resampling
+    beyond = np.array(data["body"].shape[1:]) * 2 - (48 + 2 * 6)  # the cube and its margin
+    assert (beyond >= 0).all() and (beyond <= 14).all()
 
 
 def test_preprocessing_keeps_mr_and_ct_together_and_in_place(pair):
