@@ -39,16 +39,18 @@ def border_planes(shape: tuple[int, ...], roi_size: list[int], overlap: float, u
     return planes
 
 
-def jump_ratio(volume: np.ndarray, body: np.ndarray, planes: list[np.ndarray]) -> float:
-    """Mean |v[p] - v[p - 1]| in the body at the planes over that elsewhere."""
+def jump_ratio(volume: np.ndarray, body: np.ndarray, planes: list[np.ndarray], unit: int) -> float:
+    """Mean |v[p] - v[p - 1]| in the body at the planes over that at the other planes of the same phase: those a
+    multiple of ``unit`` away, so that the grid of the networks itself does not count as a seam."""
     at, elsewhere = [], []
     for axis, positions in enumerate(planes):
         v, b = np.moveaxis(volume, axis, 0), np.moveaxis(body, axis, 0)
         jumps, both = np.abs(np.diff(v, axis=0)), b[1:] & b[:-1]
         is_border = np.zeros(len(jumps), dtype=bool)
         is_border[positions - 1] = True
+        same_phase = np.isin((np.arange(len(jumps)) + 1) % unit, positions % unit) & ~is_border
         at.append(jumps[is_border][both[is_border]])
-        elsewhere.append(jumps[~is_border][both[~is_border]])
+        elsewhere.append(jumps[same_phase][both[same_phase]])
     return float(np.concatenate(at).mean() / np.concatenate(elsewhere).mean())
 
 
@@ -68,11 +70,11 @@ def main(dataset_dir: str, split: str = "validation", **settings: Any) -> None:
         body = data["body"].as_tensor()[None]
         planes = border_planes(mr.shape[2:], list(inferer.roi_size), inferer.overlap, network.downsampling)
         inside = body[0, 0].numpy() > 0.5
-        ratios["CT"].append(jump_ratio(data["label"][0].numpy(), inside, planes))
+        ratios["CT"].append(jump_ratio(data["label"][0].numpy(), inside, planes, network.downsampling))
         for sampling in ("whole", "windows"):
             inferer.sampling = sampling
             hu = network.to_hu(inferer(mr, network, body=body))[0, 0].numpy()
-            ratios[sampling].append(jump_ratio(hu, inside, planes))
+            ratios[sampling].append(jump_ratio(hu, inside, planes, network.downsampling))
     print(f"overlap {inferer.overlap:g}, {inferer.num_inference_steps} steps, {len(pairs)} volumes")
     for name, values in ratios.items():
         print(f"{name:<10}" + "".join(f"{v:8.3f}" for v in values) + f"   mean {np.mean(values):.3f}")

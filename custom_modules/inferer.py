@@ -15,17 +15,23 @@ from custom_modules.memory import window_batch
 from custom_modules.synthesizer import Synthesizer
 
 
-def pad_to_windows(x: Tensor, roi_size: Sequence[int], unit: int) -> tuple[Tensor, tuple]:
-    """Pad (N, C, D, H, W) on both sides to at least ``roi_size`` and to multiples of ``unit``, replicating the edge.
+def pad_to_windows(x: Tensor, roi_size: Sequence[int], unit: int, margin: int = 0) -> tuple[Tensor, tuple]:
+    """Pad (N, C, D, H, W) on both sides by at least ``margin``, to at least ``roi_size`` and to multiples of ``unit``,
+    replicating the edge.
 
     Returns:
         The padded tensor and the index that crops it back.
     """
     sizes = x.shape[2:]
-    extra = [max(roi, -(-size // unit) * unit) - size for roi, size in zip(roi_size, sizes)]
+    extra = [max(roi, -(-(size + 2 * margin) // unit) * unit) - size for roi, size in zip(roi_size, sizes)]
     margins = [(e // 2, e - e // 2) for e in extra]
     padded = F.pad(x, [m for pair in reversed(margins) for m in pair], mode="replicate")
     return padded, (..., *(slice(before, before + size) for (before, _), size in zip(margins, sizes)))
+
+
+# Image voxels that a volume is continued by on each side, replicating its edge, so that a field of view that cuts
+# through the body does not end where the convolutions' zero padding begins.
+MARGIN = 4
 
 
 class LatentSamplingInferer(Inferer):
@@ -58,7 +64,7 @@ class LatentSamplingInferer(Inferer):
     def __init__(
         self,
         roi_size: Sequence[int] = (64, 64, 64),
-        overlap: float = 0.5,
+        overlap: float = 0.25,
         sampling: str = "whole",
         num_inference_steps: int = 1,
         num_samples: int = 1,
@@ -96,7 +102,7 @@ class LatentSamplingInferer(Inferer):
         mr = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
         body = torch.ones_like(mr) if body is None else (body.as_tensor() if hasattr(body, "as_tensor") else body).to(mr)
         roi_size = [-(-size // network.downsampling) * network.downsampling for size in self.roi_size]
-        (mr, inside), (body, _) = (pad_to_windows(x, roi_size, network.downsampling) for x in (mr, body))
+        (mr, inside), (body, _) = (pad_to_windows(x, roi_size, network.downsampling, MARGIN) for x in (mr, body))
         window = math.prod(size // network.autoencoder.downsampling for size in roi_size)
         batch = self.sw_batch_size or window_batch(mr.device, window, network.denoiser.time_channels)
         generator = torch.Generator().manual_seed(self.seed)

@@ -102,8 +102,10 @@ class CropAboveShouldersd(MapTransform):
         if top is None:
             logger.warning("no shoulders found, nothing is cropped above them")
             return data
+        data["body"] = data["body"].clone()
+        data["body"][..., top + 1 :] = 0
         for key in self.key_iterator(data):
-            data[key] = data[key][..., : top + 1]
+            data[key] = data[key][..., : top + 2]  # one slice without body, so that what was cut comes back as air
         return data
 
 
@@ -174,7 +176,7 @@ class Preprocess(Transform):
                 Spacingd(keys, pixdim=spacing, mode="bilinear", padding_mode="border"),
                 BodyMaskd("image"),
                 *([CropAboveShouldersd([*keys, "body"])] if crop_above_shoulders else []),
-                CropForegroundd([*keys, "body"], source_key="body", allow_smaller=False),
+                CropForegroundd([*keys, "body"], source_key="body", margin=1, allow_smaller=True),
                 StandardizeMRd("image"),
             ]
         )

@@ -8,12 +8,15 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import itk
+import nibabel as nib
 import numpy as np
+import pydicom
 import torch
 from monai.config import KeysCollection
-from monai.data import Dataset, ITKWriter, MetaTensor, NibabelWriter, list_data_collate
+from monai.data import Dataset, ITKReader, ITKWriter, MetaTensor, list_data_collate
 from monai.engines import SupervisedEvaluator
-from monai.transforms import LoadImage, MapTransform, SpatialResample
+from monai.transforms import MapTransform, SpatialResample
 from monai.utils import convert_to_tensor
 
 logger = logging.getLogger(__name__)
@@ -56,6 +59,8 @@ def find_volumes(path: str | Path, strict: bool = True) -> list[dict[str, str]]:
     if not str(path) or not root.exists():
         raise InputError(f"{path}: no such file or folder")
     if root.is_file():
+        if not strict and _extension(root.name) is None:
+            return []
         if _extension(root.name) is None:
             raise InputError(f"{root}: not a volume; give {', '.join(EXTENSIONS)} or a folder with a DICOM series")
         return [{"image": str(root), "output": _output_name(root.name)}]
@@ -69,6 +74,14 @@ def find_volumes(path: str | Path, strict: bool = True) -> list[dict[str, str]]:
         if not volumes and any(_is_dicom(Path(folder, name)) for name in names[:8]):
             name = _output_name(Path(folder).resolve().name + EXTENSIONS[0])
             found.append({"image": folder, "output": str(relative.parent / name)})
+    taken: set[str] = set()
+    for item in found:
+        stem, extension = item["output"], _extension(item["output"])
+        for number in range(2, len(found) + 2):
+            if item["output"] not in taken:
+                break
+            item["output"] = f"{stem[: -len(extension)]}_{number}{extension}"
+        taken.add(item["output"])
     if strict and not found:
         raise InputError(f"{root}: holds no volume ({', '.join(EXTENSIONS)}) and no DICOM series")
     return found
@@ -91,27 +104,59 @@ def read_volume(path: str | Path) -> MetaTensor:
         raise InputError(f"{path}: no such file")
     if path.is_file() and path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty")
-    reader = "NibabelReader" if path.name.lower().endswith((".nii", ".nii.gz")) else "ITKReader"
     try:
-        volume = LoadImage(reader=reader, image_only=True, dtype=torch.float32)(path)
+        array, affine, spacing = _read_nifti(path) if path.name.lower().endswith((".nii", ".nii.gz")) else _read_itk(path)
+    except InputError:
+        raise
     except Exception as error:  # readers raise whatever their libraries do
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise InputError(f"{path}: cannot be read, damaged or not what its name says ({reason[:160]})") from error
-    if volume.ndim == 4 and volume.shape[-1] == 1:
-        volume = volume[..., 0]
-    check_volume(volume, str(path))
-    return volume[None]
+    if array.dtype.names or np.iscomplexobj(array):
+        raise InputError(f"{path}: holds colours or complex numbers; give one number a voxel")
+    if array.ndim == 4 and array.shape[-1] == 1:
+        array = array[..., 0]
+    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    check_volume(tensor, affine, str(path), spacing)
+    # with its channel: a MetaTensor made without one takes (D, H, W) for a 2D image with channels
+    return MetaTensor(tensor[None], affine=torch.from_numpy(affine), meta={"filename_or_obj": str(path)})
 
 
-def check_volume(volume: MetaTensor, name: str) -> None:
+def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Array, affine as nibabel has it, and the header's own spacing, which nibabel repairs as it loads."""
+    image = nib.load(path)
+    with nib.openers.ImageOpener(path) as file:
+        header = type(image.header).from_fileobj(file, check=False)
+    return np.asanyarray(image.dataobj), np.asarray(image.affine, dtype=np.float64), np.abs(header["pixdim"][1:4])
+
+
+def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray, None]:
+    if path.is_dir():
+        _check_series(path)
+    reader = ITKReader()
+    array, meta = reader.get_data(reader.read(str(path)))
+    return array, np.asarray(meta["affine"], dtype=np.float64), None
+
+
+def _check_series(folder: Path) -> None:
+    """Raise InputError unless the folder holds one DICOM series of evenly spaced slices."""
+    names = [path for path in folder.iterdir() if path.is_file() and _is_dicom(path)]
+    slices = [pydicom.dcmread(path, stop_before_pixels=True) for path in names]
+    if len({item.get("SeriesInstanceUID") for item in slices}) > 1:
+        raise InputError(f"{folder}: holds more than one DICOM series; give each a folder of its own")
+    if len(slices) > 1:
+        normal = np.cross(*np.reshape(slices[0].ImageOrientationPatient, (2, 3)))
+        gaps = np.diff(sorted(float(np.dot(item.ImagePositionPatient, normal)) for item in slices))
+        if gaps.max() - gaps.min() > 0.1 * gaps.max():
+            raise InputError(f"{folder}: the series has gaps of {gaps.min():g} to {gaps.max():g} mm; slices are missing")
+
+
+def check_volume(volume: torch.Tensor, affine: np.ndarray, name: str, header: np.ndarray | None = None) -> None:
     """Raise :class:`InputError` unless ``volume`` is one sound 3D volume; see :func:`read_volume`."""
     shape = tuple(volume.shape)
     if volume.ndim != 3 or min(shape) < 2:
         raise InputError(f"{name}: shape {shape} is not one 3D volume; give a single channel and time point")
-    affine = np.asarray(volume.affine, dtype=np.float64)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    header = np.asarray(volume.meta.get("pixdim", [1, *spacing]), dtype=np.float64)[1:4]
-    for values in (spacing, header):
+    for values in (spacing, spacing if header is None else header):
         if not np.isfinite(values).all() or not all(SPACING_LIMITS[0] <= s <= SPACING_LIMITS[1] for s in values):
             text = " x ".join(f"{s:g}" for s in values)
             raise InputError(f"{name}: spacing {text} mm is not usable; correct the header")
@@ -194,14 +239,14 @@ def write_volume(volume: MetaTensor, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     extension = _extension(path.name)
-    nifti = extension in (".nii", ".nii.gz")
     temporary = path.with_name(f".{path.name}.{os.getpid()}{extension}")
-    array = np.asarray(volume)
-    writer = (NibabelWriter if nifti else ITKWriter)(output_dtype=array.dtype)
+    array, affine = np.asarray(volume)[0], np.asarray(volume.affine)
     try:
-        writer.set_data_array(array, channel_dim=0, squeeze_end_dims=True)
-        writer.set_metadata({"affine": volume.affine, "original_affine": volume.affine}, resample=False)
-        writer.write(temporary, verbose=False)
+        if extension in (".nii", ".nii.gz"):
+            nib.save(nib.Nifti1Image(array, affine), temporary)
+        else:
+            image = ITKWriter.create_backend_obj(array, channel_dim=None, affine=affine, dtype=array.dtype)
+            itk.imwrite(image, str(temporary))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -53,6 +53,9 @@ def save_weights(network: nn.Module, path: str | Path, dtype: torch.dtype = torc
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().cpu().to(dtype) if v.is_floating_point() else v for k, v in network.state_dict().items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return hashlib.sha256(path.read_bytes()).hexdigest()
