@@ -25,10 +25,10 @@ from custom_modules.inferer import pad_to_windows  # noqa: E402
 from custom_modules.transforms import Preprocess  # noqa: E402
 
 
-def border_planes(shape: tuple[int, ...], roi_size: list[int], overlap: float, unit: int) -> list[np.ndarray]:
+def border_planes(shape: tuple[int, ...], roi_size: list[int], overlap: float, unit: int, margin: int) -> list[np.ndarray]:
     """For each axis, the positions p at which a window starts or ends between voxels p - 1 and p of the volume."""
     probe = torch.zeros(1, 1, *shape)
-    padded, inside = pad_to_windows(probe, roi_size, unit)
+    padded, inside = pad_to_windows(probe, roi_size, unit, margin)
     size = padded.shape[2:]
     interval = _get_scan_interval(size, roi_size, 3, (overlap,) * 3)
     windows = dense_patch_slices(size, roi_size, interval)
@@ -68,7 +68,7 @@ def main(dataset_dir: str, split: str = "validation", **settings: Any) -> None:
         data = read({key: pair[key] for key in ("image", "label")})
         mr = ((data["image"].as_tensor() - low) / (high - low) * 2 - 1).clamp(-1, 1)[None]
         body = data["body"].as_tensor()[None]
-        planes = border_planes(mr.shape[2:], list(inferer.roi_size), inferer.overlap, network.downsampling)
+        planes = border_planes(mr.shape[2:], list(inferer.roi_size), inferer.overlap, network.downsampling, inferer.margin)
         inside = body[0, 0].numpy() > 0.5
         ratios["CT"].append(jump_ratio(data["label"][0].numpy(), inside, planes, network.downsampling))
         for sampling in ("whole", "windows"):

@@ -41,7 +41,7 @@ def montage(columns: Mapping[str, tuple[np.ndarray, str]], affine: np.ndarray, p
     scale = 3.2 / width
     figure, axes = plt.subplots(
         3, len(columns), figsize=(3.4 * len(columns), scale * sum(heights) + 0.8), squeeze=False,
-        gridspec_kw={"height_ratios": heights, "hspace": 0.03, "wspace": 0.03},
+        gridspec_kw={"height_ratios": heights, "hspace": 0.03, "wspace": 0.03, "top": 0.92},
     )  # fmt: skip
     centre = _centre(np.asarray(next(iter(canonical.values()))[0]))
     for column, (name, (volume, kind)) in enumerate(canonical.items()):
@@ -54,7 +54,7 @@ def montage(columns: Mapping[str, tuple[np.ndarray, str]], affine: np.ndarray, p
         unit = "" if kind == "MR" else f"\n{low:g} to {high:g} HU"
         axes[0, column].set_title(f"{name}{unit}", fontsize=9)
     if title:
-        figure.suptitle(title, fontsize=9)
+        figure.suptitle(title, fontsize=9, y=0.99)
     figure.savefig(path, dpi=110, bbox_inches="tight", facecolor="white")
     plt.close(figure)
     return Path(path)

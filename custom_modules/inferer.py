@@ -29,11 +29,6 @@ def pad_to_windows(x: Tensor, roi_size: Sequence[int], unit: int, margin: int = 
     return padded, (..., *(slice(before, before + size) for (before, _), size in zip(margins, sizes)))
 
 
-# Image voxels that a volume is continued by on each side, replicating its edge, so that a field of view that cuts
-# through the body does not end where the convolutions' zero padding begins.
-MARGIN = 4
-
-
 class LatentSamplingInferer(Inferer):
     """MR to synthetic CT for volumes of any size.
 
@@ -47,6 +42,8 @@ class LatentSamplingInferer(Inferer):
     Args:
         roi_size: window, in image voxels; rounded up to what the networks divide by.
         overlap: share of a window that neighbours have in common, in [0, 1).
+        margin: image voxels that a volume is continued by on each side, replicating its edge, so that a field of view
+            that cuts through the body does not end where the convolutions' zero padding begins.
         sampling: ``whole`` or ``windows``.
         num_inference_steps: DDIM steps.
         num_samples: latents drawn; the answer is the mean of their images.
@@ -65,6 +62,7 @@ class LatentSamplingInferer(Inferer):
         self,
         roi_size: Sequence[int] = (64, 64, 64),
         overlap: float = 0.25,
+        margin: int = 4,
         sampling: str = "whole",
         num_inference_steps: int = 1,
         num_samples: int = 1,
@@ -81,7 +79,7 @@ class LatentSamplingInferer(Inferer):
             raise ValueError(f"overlap must be in [0, 1), got {overlap}")
         if seed < 0 or num_samples < 1:
             raise ValueError(f"seed must be 0 or more and num_samples 1 or more, got {seed} and {num_samples}")
-        self.roi_size, self.overlap, self.sampling = tuple(roi_size), overlap, sampling
+        self.roi_size, self.overlap, self.margin, self.sampling = tuple(roi_size), overlap, margin, sampling
         self.num_inference_steps, self.num_samples, self.seed = num_inference_steps, num_samples, seed
         self.tile_size, self.sw_batch_size = tuple(tile_size), sw_batch_size
         self.amp, self.progress = amp, progress
@@ -102,7 +100,7 @@ class LatentSamplingInferer(Inferer):
         mr = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
         body = torch.ones_like(mr) if body is None else (body.as_tensor() if hasattr(body, "as_tensor") else body).to(mr)
         roi_size = [-(-size // network.downsampling) * network.downsampling for size in self.roi_size]
-        (mr, inside), (body, _) = (pad_to_windows(x, roi_size, network.downsampling, MARGIN) for x in (mr, body))
+        (mr, inside), (body, _) = (pad_to_windows(x, roi_size, network.downsampling, self.margin) for x in (mr, body))
         window = math.prod(size // network.autoencoder.downsampling for size in roi_size)
         batch = self.sw_batch_size or window_batch(mr.device, window, network.denoiser.time_channels)
         generator = torch.Generator().manual_seed(self.seed)

@@ -243,7 +243,9 @@ def write_volume(volume: MetaTensor, path: str | Path) -> None:
     array, affine = np.asarray(volume)[0], np.asarray(volume.affine)
     try:
         if extension in (".nii", ".nii.gz"):
-            nib.save(nib.Nifti1Image(array, affine), temporary)
+            image = nib.Nifti1Image(array, affine)
+            image.header.set_xyzt_units("mm")
+            nib.save(image, temporary)
         else:
             image = ITKWriter.create_backend_obj(array, channel_dim=None, affine=affine, dtype=array.dtype)
             itk.imwrite(image, str(temporary))

@@ -69,7 +69,7 @@ def tiny(prediction="v"):
 
 
 def inferer(**settings):
-    return LatentSamplingInferer(**{"roi_size": (16, 16, 16), "amp": False, "progress": False, **settings})
+    return LatentSamplingInferer(**{"roi_size": (16, 16, 16), "amp": False, "progress": False, "margin": 0, "overlap": 0.5, **settings})
 
 
 def volume(*size):
@@ -277,3 +277,13 @@ def test_meta_tensors_and_masks_of_integers_are_taken():
 def test_wrong_settings_are_refused(settings, name):
     with pytest.raises(ValueError, match=name):
         LatentSamplingInferer(**settings)
+
+
+@pytest.mark.parametrize("margin", [0, 4, 8])
+def test_a_margin_continues_the_edge_and_is_cut_off_again(margin):
+    mr = volume(17, 20, 33)
+    padded, inside = pad_to_windows(mr, (16, 16, 16), 8, margin)
+    assert all(s.start >= margin and size - s.stop >= margin for s, size in zip(inside[1:], padded.shape[2:]))
+    torch.testing.assert_close(padded[inside], mr)
+    network = Mirror()
+    torch.testing.assert_close(inferer(margin=margin)(mr, network), mr, atol=1e-4, rtol=0)
