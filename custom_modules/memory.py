@@ -5,8 +5,8 @@ from __future__ import annotations
 import pynvml
 import torch
 
-# Activations that one latent voxel of a window holds at the denoiser's peak, per channel of its finest scale, in
-# single precision copies; an upper bound taken from the finest scale's residual block, its skip and the attention.
+# Activations of a window at the denoiser's peak, in copies of the features of its finest scale in single precision: a
+# cautious count of a residual block, its skip and the attention, not yet measured on a GPU.
 COPIES = 16
 CPU_BATCH = 4  # larger batches do not run faster on CPU
 LARGEST_BATCH = 32
