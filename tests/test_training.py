@@ -136,7 +136,8 @@ def test_gradients_are_clipped():
 
 
 def run_config(name, **overrides):
-    workflow = ConfigWorkflow(config_file=f"configs/{name}.yaml", workflow_type="train", **overrides)
+    files = [f"configs/{n}.yaml" for n in (("train", "finetune") if name == "finetune" else (name,))]
+    workflow = ConfigWorkflow(config_file=files, workflow_type="train", **overrides)
     if name != "train_autoencoder":
         target = "custom_modules.autoencoder.WaveletAutoencoderKL"
         workflow.parser["network_def#autoencoder"] = {"_target_": target, **TINY_AUTOENCODER}
