@@ -120,11 +120,14 @@ def report(rows: list[dict[str, Any]], path: Path) -> None:
     values = fields[2:]
     print(f"{'patient':<12}{'system':<12}" + "".join(f"{v:>13}" for v in values))
     systems = list(dict.fromkeys(row["system"] for row in rows))
-    means = [
-        {"patient": "mean", "system": s, **{v: np.nanmean([r.get(v, np.nan) for r in rows if r["system"] == s]) for v in values if any(v in r for r in rows if r["system"] == s)}}
-        for s in systems
-    ]
+    means = [_mean_row([row for row in rows if row["system"] == system]) for system in systems]
     for row in [r for r in rows if r["system"] == systems[0]] + means:
         cells = "".join(f"{row[v]:>13.3f}" if v in row else f"{'':>13}" for v in values)
         print(f"{row['patient']:<12}{row['system']:<12}{cells}")
     print(f"written to {path}")
+
+
+def _mean_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean over patients of every value that is defined."""
+    values = {name: np.nanmean([row[name] for row in rows]) for name in rows[0] if name not in ("patient", "system")}
+    return {"patient": "mean", "system": rows[0]["system"], **values}

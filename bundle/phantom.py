@@ -16,7 +16,9 @@ TISSUES = {
 }
 
 
-def torso_phantom(shape: tuple[int, int, int] = (96, 72, 80), spacing: float = 4.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def torso_phantom(
+    shape: tuple[int, int, int] = (96, 72, 80), spacing: float = 4.0, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A torso of ellipsoids: body, lungs, liver, spine, ribs.
 
     Returns:

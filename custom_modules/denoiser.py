@@ -53,7 +53,9 @@ class LatentDenoiser(nn.Module):
             if dsca:
                 self.skip.append(DualSkipConnectionAttention(width, latent_channels, attention_channels, max_tokens))
         self.middle = ResidualBlock(channels[-1], channels[-1], embedding)
-        self.out = nn.Sequential(ChannelRMSNorm(channels[0]), nn.SiLU(), nn.Conv3d(channels[0], latent_channels, 3, padding=1))
+        self.out = nn.Sequential(
+            ChannelRMSNorm(channels[0]), nn.SiLU(), nn.Conv3d(channels[0], latent_channels, 3, padding=1)
+        )
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
         """Predict the noise (or velocity) of a batch.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from monai.inferers import Inferer, sliding_window_inference
+from monai.utils import convert_to_tensor
 from torch import Tensor
 from tqdm import tqdm
 
@@ -85,7 +86,9 @@ class LatentSamplingInferer(Inferer):
         self.amp, self.progress = amp, progress
 
     @torch.inference_mode()
-    def __call__(self, inputs: Tensor, network: Synthesizer, body: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def __call__(  # type: ignore[override]
+        self, inputs: Tensor, network: Synthesizer, body: Tensor | None = None
+    ) -> Tensor:
         """Synthesise one volume.
 
         Args:
@@ -97,8 +100,8 @@ class LatentSamplingInferer(Inferer):
             Synthetic CT (1, 1, D, H, W) in [-1, 1].
         """
         network.eval()
-        mr = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
-        body = torch.ones_like(mr) if body is None else (body.as_tensor() if hasattr(body, "as_tensor") else body).to(mr)
+        mr = convert_to_tensor(inputs, track_meta=False)
+        body = torch.ones_like(mr) if body is None else convert_to_tensor(body, track_meta=False).to(mr)
         roi_size = [-(-size // network.downsampling) * network.downsampling for size in self.roi_size]
         (mr, inside), (body, _) = (pad_to_windows(x, roi_size, network.downsampling, self.margin) for x in (mr, body))
         window = math.prod(size // network.autoencoder.downsampling for size in roi_size)
