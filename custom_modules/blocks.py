@@ -22,7 +22,7 @@ class ChannelRMSNorm(nn.RMSNorm):
 
 class _DepthwiseConvolution(torch.autograd.Function):
     """``conv3d(groups=channels)`` whose input gradient is again a depthwise convolution, with the flipped kernel:
-    on CPU ten times faster than the transposed convolution that PyTorch takes for it."""
+    on CPU faster than the transposed convolution that PyTorch takes for it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 # Activations of a window at the denoiser's peak, in copies of the features of its finest scale in single precision: a
 # cautious count of a residual block, its skip and the attention, not yet measured on a GPU.
 COPIES = 16
-CPU_BATCH = 4  # larger batches do not run faster on CPU
+CPU_BATCH = 4
 LARGEST_BATCH = 32
 
 

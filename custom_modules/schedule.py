@@ -9,7 +9,7 @@ from monai.networks.schedulers import Scheduler
 from torch import Tensor
 
 # A step whose share of signal is below this is pure noise in single precision: sampling starts after it. The
-# default schedule keeps every step; of the paper's (betas to 0.2) about 30 % are left.
+# default schedule keeps every step; of the paper's (betas to 0.2) a third is left.
 MIN_ALPHA_BAR = 1e-5
 
 

@@ -13,6 +13,7 @@ from monai.data import CacheDataset, DataLoader, Dataset
 from monai.engines import DiffusionPrepareBatch, IterationEvents, PrepareBatch
 from monai.inferers import Inferer
 from monai.transforms import Randomizable
+from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from tqdm import trange
@@ -65,8 +66,7 @@ class AutocastInferer(Inferer):
 
 
 def _as_tensor(batchdata: Mapping[str, Tensor], key: str, device: Any, non_blocking: bool) -> Tensor:
-    tensor = batchdata[key].to(device, non_blocking=non_blocking)
-    return tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor
+    return convert_to_tensor(batchdata[key].to(device, non_blocking=non_blocking), track_meta=False)
 
 
 class PairPrepareBatch(PrepareBatch):
