@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test test-slow clean
+.PHONY: demo test test-slow bench clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -18,6 +18,10 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	$(PY) -m pytest -m slow
+
+# ratios and costs, minutes to an hour; DATA=DIR takes real pairs
+bench: .venv/installed
+	$(PY) benchmarks/training.py $(if $(DATA),--dataset_dir "$(DATA)")
 
 clean:
 	rm -rf .venv demo eval runs

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigWorkflow
 
+from custom_modules.volumes import InputError
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def inference_workflow(**settings: Any) -> ConfigWorkflow:
+def inference_workflow(config: str | Sequence[str] = (), **settings: Any) -> ConfigWorkflow:
     """``configs/inference.yaml`` with ``settings`` in place of its own, initialised and ready to ``run()``.
 
+    Args:
+        config: overlays, such as ``configs/baselines/unet.yaml``, for the network of another config.
+
     Raises:
-        KeyError: for a setting that the config does not have.
+        InputError: for an overlay that is not there.
+        SystemExit: for a setting that the config does not have.
     """
-    config = ROOT / "configs" / "inference.yaml"
-    workflow = ConfigWorkflow(config_file=str(config), workflow_type="infer")
+    overlays = [config] if isinstance(config, str) else list(config)
+    for overlay in overlays:
+        if not Path(overlay).is_file():
+            raise InputError(f"{overlay}: no such config")
+    files = [str(ROOT / "configs" / "inference.yaml"), *overlays]
+    workflow = ConfigWorkflow(config_file=files, workflow_type="infer")
     for name, value in settings.items():
         if name not in workflow.parser:
             known = ", ".join(k for k in workflow.parser.get() if not isinstance(workflow.parser[k], (dict, list)))
-            raise SystemExit(f"error: no setting '{name}' in {config.name}; some of them are {known}")
+            raise SystemExit(f"error: no setting '{name}' in inference.yaml; some of them are {known}")
         workflow.parser[name] = value
     workflow.initialize()
     return workflow

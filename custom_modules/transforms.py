@@ -201,7 +201,7 @@ class Augment(Compose):
         ]
         super().__init__(
             [
-                SelectItemsd(keys),
+                SelectItemsd([*keys, "patient"], allow_missing_keys=True),
                 *(crop if roi_size else []),
                 *(RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in range(3)),
                 RandAffined(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -49,13 +49,24 @@ def load_weights_or_stop(network: Network, path: str | Path) -> Network:
 
 def save_weights(network: nn.Module, path: str | Path, dtype: torch.dtype = torch.float16) -> str:
     """Write the network's state dict, floating point as ``dtype``, and return the file's SHA-256."""
+    state = {k: v.detach().cpu().to(dtype) if v.is_floating_point() else v for k, v in network.state_dict().items()}
+    save_atomically(state, path)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def save_atomically(content: Any, path: str | Path) -> None:
+    """``torch.save`` under another name and then a rename: ``path`` holds all of it or what it held before. What dead
+    processes left half-written is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().cpu().to(dtype) if v.is_floating_point() else v for k, v in network.state_dict().items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    for left in path.parent.glob(f".{path.name.split('_')[0]}*.partial"):
+        left.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        torch.save(state, temporary)
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return hashlib.sha256(path.read_bytes()).hexdigest()

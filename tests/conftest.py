@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -21,6 +22,7 @@ from monai.inferers import Inferer
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from bundle.phantom import torso_phantom  # noqa: E402
 from custom_modules.autoencoder import WaveletAutoencoderKL  # noqa: E402
 from custom_modules.denoiser import LatentDenoiser  # noqa: E402
 from custom_modules.synthesizer import Synthesizer  # noqa: E402
@@ -34,6 +36,14 @@ TINY = {
     "network_def#autoencoder": {"_target_": "custom_modules.autoencoder.WaveletAutoencoderKL", **AUTOENCODER},
     "network_def#denoiser": {"_target_": "custom_modules.denoiser.LatentDenoiser", **DENOISER},
 }
+# a training that takes seconds; single precision, for at these sizes (2 voxels at the coarsest scale) the bfloat16 gradient of
+# oneDNN convolutions can be NaN on CPUs with AMX
+TRAINING = {
+    "roi_size": [32, 32, 32], "amp": False, "batch_size": 2, "steps_per_epoch": 3, "max_epochs": 1, "val_interval": 1,
+    "log_interval": 1,
+    "latent_channels": 4, "autoencoder_channels": [8, 16], "autoencoder_blocks": [1, 1], "device": "$torch.device('cpu')",
+}  # fmt: skip
+TRAINING_DENOISER = {"denoiser_channels": [8, 16, 16], "denoiser#num_blocks": 1, "denoiser#attention_channels": 8}
 
 
 class LinearInferer(Inferer):
@@ -115,6 +125,49 @@ def full_disk(size: int = 1000) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
+
+
+def train_workflow(name: str, **overrides) -> ConfigWorkflow:
+    """A training workflow, or a list of overlays joined by ``+``, initialised, with ``overrides``."""
+    torch.manual_seed(0)  # a test that asks for the trainer makes the networks before the config seeds anything
+    files = [str(ROOT / "configs" / f"{part}.yaml") for part in name.split("+")]
+    workflow = ConfigWorkflow(config_file=files, workflow_type="train", logging_file=False, **overrides)
+    for key, value in (TRAINING_DENOISER if "train" in name.split("+") else {}).items():
+        workflow.parser[key] = value
+    workflow.initialize()
+    return workflow
+
+
+def train(name: str, **overrides) -> ConfigWorkflow:
+    """:func:`train_workflow`, run."""
+    workflow = train_workflow(name, **overrides)
+    workflow.run()
+    return workflow
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A datalist of six phantoms, five to train and one to validate."""
+    root = tmp_path_factory.mktemp("phantoms")
+    entries = []
+    for n in range(6):
+        mr, ct, affine = torso_phantom(shape=(40, 30, 24), spacing=8.0, seed=n)
+        save(root / f"p{n}/mr.nii.gz", mr, affine)
+        save(root / f"p{n}/ct.nii.gz", ct, affine)
+        entries.append({"image": f"p{n}/mr.nii.gz", "label": f"p{n}/ct.nii.gz"})
+    (root / "datalist.json").write_text(json.dumps({"training": entries[:5], "validation": entries[5:]}))
+    return root
+
+
+@pytest.fixture(scope="session")
+def trained(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders that the three stages leave: ae, ldm and fine."""
+    root = tmp_path_factory.mktemp("trained")
+    settings = {**TRAINING, "dataset_dir": str(phantoms)}
+    train("train_autoencoder", **settings, adversarial_warmup=1, output_dir=str(root / "ae"))
+    train("train", **settings, versions=1, autoencoder=str(root / "ae/autoencoder.pt"), output_dir=str(root / "ldm"))
+    train("train+finetune", **settings, versions=1, checkpoint=str(root / "ldm/model.pt"), output_dir=str(root / "fine"))
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,11 @@ from conftest import ROOT, TINY, ramp, save
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata
 
 CONFIGS = {name: ROOT / "configs" / f"{name}.yaml" for name in ("inference", "train", "train_autoencoder")}
-SHARED = ("spacing", "mr_window", "hu_window", "roi_size")
+SHARED = (
+    "spacing", "mr_window", "hu_window", "roi_size", "latent_channels", "autoencoder_channels", "autoencoder_blocks",
+    "stem", "wavelet",
+)  # fmt: skip
+DENOISER = ("denoiser_channels", "dsca", "prediction", "num_train_timesteps", "beta_end")
 INFER_IDS = "bundle_root device dataset_dir output_dir dataset evaluator network_def inferer"
 TRAIN_IDS = "bundle_root device dataset_dir train#trainer train#dataset train#inferer train#handlers"
 
@@ -68,7 +72,16 @@ def test_monais_property_check_is_clean(workflow, name):
 def test_what_weights_depend_on_is_equal_in_all_configs(parameter):
     values = {name: parsed(name)[parameter] for name in CONFIGS}
     assert len({str(value) for value in values.values()}) == 1, values
-    assert np.asarray(values["inference"], dtype=float).size in (2, 3)
+
+
+@pytest.mark.parametrize("parameter", DENOISER)
+def test_what_the_denoiser_depends_on_is_equal_in_training_and_inference(parameter):
+    assert parsed("inference")[parameter] == parsed("train")[parameter]
+
+
+def test_windows_are_numbers():
+    for parameter, size in {"spacing": 3, "roi_size": 3, "mr_window": 2, "hu_window": 2}.items():
+        assert np.asarray(parsed("inference")[parameter], dtype=float).size == size
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))

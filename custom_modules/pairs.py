@@ -1,0 +1,225 @@
+"""Training pairs: reading and checking a datalist, and batches of different patients."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import load_decathlon_datalist
+from monai.transforms import Randomizable
+from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
+
+from custom_modules.volumes import EXTENSIONS, InputError, read_volume, stop
+
+Pair = dict[str, str]
+
+
+def load_pairs(
+    datalist: str | Path, base_dir: str | Path, splits: Sequence[str] = ("training", "validation")
+) -> dict[str, list[Pair]]:
+    """The pairs of ``splits`` of a MONAI datalist: ``image`` (MR), ``label`` (CT) and ``patient``, which is taken from
+    the datalist or else is the image's file name, or its folder where file names repeat (``<patient>/mr.nii.gz``).
+
+    Raises:
+        InputError: when the datalist is missing, is no JSON, or has no such split, or an entry lacks a key.
+    """
+    if not Path(datalist).is_file():
+        raise InputError(f"{datalist}: no such datalist; give --datalist or --dataset_dir")
+    pairs = {}
+    for split in splits:
+        try:
+            entries = load_decathlon_datalist(str(datalist), True, split, base_dir=str(base_dir))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{datalist}: has no usable split '{split}' ({error})") from error
+        for number, entry in enumerate(entries):
+            for key in ("image", "label"):
+                if not isinstance(entry.get(key), str):
+                    raise InputError(f"{datalist}: entry {number} of '{split}' has no '{key}' (image = MR, label = CT)")
+        pairs[split] = [dict(entry) for entry in entries]
+    images = {entry["image"] for entries in pairs.values() for entry in entries}
+    by_folder = len({Path(image).name for image in images}) < len(images)
+    for entry in itertools.chain(*pairs.values()):
+        image = Path(entry["image"])
+        stem = next((image.name[: -len(e)] for e in EXTENSIONS if image.name.lower().endswith(e)), image.name)
+        entry.setdefault("patient", image.parent.name if by_folder else stem)
+    return pairs
+
+
+def is_on(value: bool | str) -> bool:
+    """A switch as configs and command lines give it: ``--resume false`` arrives as a text."""
+    return str(value).lower() in ("true", "1", "yes")
+
+
+def load_pairs_or_stop(*args: Any, **kwargs: Any) -> dict[str, list[Pair]]:
+    """:func:`load_pairs` for configs: an :class:`InputError` ends the program with its one line."""
+    try:
+        return load_pairs(*args, **kwargs)
+    except InputError as error:
+        stop(str(error))
+
+
+def check_pairs_or_stop(pairs: Mapping[str, Sequence[Pair]], batch_size: int, check_data: bool | str = True) -> str:
+    """End the program with a list of what is wrong with ``pairs``, by file, before any training.
+
+    Every volume is read once: each must be readable, MR and CT of a pair on one grid, the CT in HU, the MR not a CT;
+    no patient (by name in the datalist, file or content) may be in two splits, and the training split must fill a batch.
+
+    Args:
+        batch_size: different patients that a batch needs.
+        check_data: False looks at the datalist only, for large cohorts that have been checked before.
+
+    Returns:
+        SHA-256 over all files, the fingerprint of the data; of their names where ``check_data`` is off.
+    """
+    items = [(split, pair) for split, entries in pairs.items() for pair in entries]
+    problems = [f"split '{split}' is empty" for split, entries in pairs.items() if not entries]
+    patients = len({pair["image"] for pair in pairs["training"]})
+    if pairs["training"] and patients < batch_size:
+        problems.append(f"a batch needs {batch_size} different patients, the training split has {patients}")
+    digests: list[str] = [""] * len(items)
+    if is_on(check_data):
+        with ThreadPoolExecutor(4) as pool:
+            results = pool.map(lambda item: _inspect(item[1]), items)
+            for n, (found, digest) in enumerate(tqdm(results, desc="checking", total=len(items), unit="pair")):
+                problems += found
+                digests[n] = digest
+    problems += _shared_patients(items, digests)
+    if problems:
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        stop("the data cannot be trained on:\n" + "\n".join(f"  {p}" for p in problems[:20]) + more)
+    names = [digest or pair["image"] + pair["label"] for digest, (_, pair) in zip(digests, items)]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def _shared_patients(items: Sequence[tuple[str, Pair]], digests: Sequence[str]) -> list[str]:
+    """A message for each pair whose patient, file or content is in another split too."""
+    owner: dict[str, tuple[str, str]] = {}
+    problems = []
+    for (split, pair), digest in zip(items, digests):
+        marks = {pair["patient"], *(str(Path(pair[key]).resolve()) for key in ("image", "label")), *digest.split()}
+        for mark in sorted(marks - {""}):
+            other, image = owner.setdefault(mark, (split, pair["image"]))
+            if other != split:
+                problems.append(f"{pair['image']}: the same patient as {image}, once in '{other}' and once in '{split}'")
+                break
+    return problems
+
+
+def _inspect(pair: Pair) -> tuple[list[str], str]:
+    """What is wrong with a pair, and the SHA-256 of its two files."""
+    volumes, digests = {}, []
+    for key in ("image", "label"):
+        try:
+            volumes[key] = read_volume(pair[key])
+        except InputError as error:
+            return [str(error)], ""
+        path = Path(pair[key])
+        files = sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]
+        digests.append(hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest())
+    return _problems(volumes["image"], volumes["label"], pair), " ".join(digests)
+
+
+def _problems(mr: Any, ct: Any, pair: Pair) -> list[str]:
+    if mr.shape != ct.shape or not torch.allclose(mr.affine, ct.affine, atol=1e-2):
+        return [f"{pair['label']}: its grid is not that of {pair['image']}; register and resample the CT to the MR first"]
+    mr_is_ct = float(mr.min()) < -0.2 * float(np.percentile(np.asarray(mr), 99))
+    ct_low, ct_high = float(ct.min()), float(ct.max())
+    ct_is_hu = ct_low < -150 and ct_high - ct_low > 300
+    if mr_is_ct and not ct_is_hu:
+        return [f"{pair['image']} and {pair['label']}: MR and CT are swapped; image is the MR, label the CT"]
+    problems = []
+    if mr_is_ct:
+        problems.append(f"{pair['image']}: goes down to {float(mr.min()):g} as a CT does; image must be the MR")
+    if not ct_is_hu:
+        problems.append(
+            f"{pair['label']}: {ct_low:g} to {ct_high:g} are not Hounsfield units (fat is -100, air -1000); "
+            "apply the rescale slope and intercept"
+        )
+    return problems
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed of 32 bits for a tuple of counters, such as (seed, step, position): every draw of a run is a function of
+    where it stands in the run, so that a resumed run draws what the uninterrupted one would have drawn."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+class SeededDataset(Dataset):
+    """Another dataset's items, each drawn with its own seed: the key is (index, seed).
+
+    Args:
+        dataset: with a random ``transform``, or itself :class:`~monai.transforms.Randomizable`.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.random = dataset if isinstance(dataset, Randomizable) else dataset.transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        index, seed = key
+        self.random.set_random_state(seed)
+        return self.dataset[index]
+
+
+class DistinctPatientSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of different patients as (index, seed) keys of a :class:`SeededDataset`; larger volumes come more often
+    (the square root of their voxels).
+
+    A batch is a function of its number in the run, so that a run resumes anywhere: set ``start``. Batches that make up
+    one optimiser step (``accumulation`` in turn, one a rank) share no patient as long as there are enough.
+
+    Args:
+        sizes: gives the voxels of each patient's volume, in the dataset's order; asked when an epoch starts.
+        batch_size: patients a batch, at least 2 where the disentanglement loss is used.
+        batches: batches of this rank an epoch.
+        accumulation: batches of a rank that make up one optimiser step.
+        rank, world_size: of this process.
+
+    Raises:
+        ValueError: when there are fewer patients than a batch needs.
+    """
+
+    def __init__(
+        self,
+        sizes: Callable[[], Sequence[int]],
+        batch_size: int,
+        batches: int,
+        seed: int = 0,
+        accumulation: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.sizes, self.batch_size, self.batches, self.seed = sizes, batch_size, batches, seed
+        self.rank, self.world_size, self.group, self.start = rank, world_size, world_size * accumulation, 0
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        weights = torch.tensor(self.sizes(), dtype=torch.float64).sqrt()
+        if len(weights) < self.batch_size:
+            raise ValueError(f"a batch needs {self.batch_size} different patients, the datalist has {len(weights)}")
+        first, self.start = self.start, (self.start // self.batches + 1) * self.batches
+        for iteration in range(first, self.start):
+            yield self._batch(iteration * self.world_size + self.rank, weights)
+
+    def _batch(self, number: int, weights: torch.Tensor) -> list[tuple[int, int]]:
+        step, part = divmod(number, self.group)
+        size = self.batch_size
+        if size * self.group <= len(weights):
+            generator = torch.Generator().manual_seed(seed_of(self.seed, step))
+            patients = torch.multinomial(weights, size * self.group, generator=generator)[part * size :][:size]
+        else:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, step, part))
+            patients = torch.multinomial(weights, size, generator=generator)
+        return [(int(patient), seed_of(self.seed, number, n)) for n, patient in enumerate(patients)]
