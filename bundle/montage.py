@@ -12,7 +12,8 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-WINDOWS = {"HU": (-300.0, 900.0), "error": (-400.0, 400.0)}
+WINDOWS = {"HU": (-300.0, 900.0), "error": (-400.0, 400.0), "SD": (0.0, 300.0)}
+COLOURS = {"error": "RdBu_r", "SD": "magma"}
 
 
 def _planes(volume: np.ndarray, centre: tuple[int, int, int]) -> list[np.ndarray]:
@@ -22,12 +23,19 @@ def _planes(volume: np.ndarray, centre: tuple[int, int, int]) -> list[np.ndarray
     return [volume[::-1, :, k].T[::-1], volume[::-1, j, :].T[::-1], volume[i, ::-1, :].T[::-1]]
 
 
-def montage(columns: Mapping[str, tuple[np.ndarray, str]], affine: np.ndarray, path: str | Path, title: str = "") -> Path:
+def montage(
+    columns: Mapping[str, tuple[np.ndarray, str]],
+    affine: np.ndarray,
+    path: str | Path,
+    title: str = "",
+    centre: tuple[int, int, int] | None = None,
+) -> Path:
     """Write a PNG with a row a plane and a column a volume.
 
     Args:
-        columns: title to (volume (D, H, W), kind), kind one of ``MR``, ``HU``, ``error``.
+        columns: title to (volume (D, H, W), kind), kind one of ``MR``, ``HU``, ``error``, ``SD``.
         affine: of all volumes, voxel to RAS mm.
+        centre: voxel that the planes go through; the middle of the first volume's foreground when None.
     """
     canonical = {}
     for name, (volume, kind) in columns.items():
@@ -43,13 +51,16 @@ def montage(columns: Mapping[str, tuple[np.ndarray, str]], affine: np.ndarray, p
         3, len(columns), figsize=(3.4 * len(columns), scale * sum(heights) + 0.8), squeeze=False,
         gridspec_kw={"height_ratios": heights, "hspace": 0.03, "wspace": 0.03, "top": 0.92},
     )  # fmt: skip
-    centre = _centre(np.asarray(next(iter(canonical.values()))[0]))
+    if centre is None:
+        centre = _centre(np.asarray(next(iter(canonical.values()))[0]))
+    else:
+        centre = _in_canonical(centre, affine, next(iter(columns.values()))[0].shape)
     for column, (name, (volume, kind)) in enumerate(canonical.items()):
         low, high = WINDOWS.get(kind, (0.0, float(np.percentile(volume, 99.5))))
         for row, plane in enumerate(_planes(volume, centre)):
             axis = axes[row, column]
-            cmap = "RdBu_r" if kind == "error" else "gray"
-            axis.imshow(plane, cmap=cmap, vmin=low, vmax=high, aspect=aspects[row], interpolation="nearest")
+            colours = COLOURS.get(kind, "gray")
+            axis.imshow(plane, cmap=colours, vmin=low, vmax=high, aspect=aspects[row], interpolation="nearest")
             axis.set_axis_off()
         unit = "" if kind == "MR" else f"\n{low:g} to {high:g} HU"
         axes[0, column].set_title(f"{name}{unit}", fontsize=9)
@@ -58,6 +69,12 @@ def montage(columns: Mapping[str, tuple[np.ndarray, str]], affine: np.ndarray, p
     figure.savefig(path, dpi=110, bbox_inches="tight", facecolor="white")
     plt.close(figure)
     return Path(path)
+
+
+def _in_canonical(voxel: tuple[int, int, int], affine: np.ndarray, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Where a voxel of the volume as it is stored lies in RAS order."""
+    to_ras = nib.orientations.inv_ornt_aff(nib.io_orientation(affine), shape)
+    return tuple(int(c) for c in nib.affines.apply_affine(np.linalg.inv(to_ras), voxel).round())
 
 
 def _centre(volume: np.ndarray) -> tuple[int, int, int]:

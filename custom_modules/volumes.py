@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Hashable, Mapping, Sequence
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import torch
+from ignite.engine import Events
 from monai.config import KeysCollection
 from monai.data import Dataset, ITKReader, ITKWriter, MetaTensor, list_data_collate
 from monai.engines import SupervisedEvaluator
@@ -188,8 +190,8 @@ class RestoreGridd(MapTransform):
     tissue, not in air.
     """
 
-    def __init__(self, keys: KeysCollection, source: str = "image") -> None:
-        super().__init__(keys)
+    def __init__(self, keys: KeysCollection, source: str = "image", allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
         self.source = source
         self.resample = SpatialResample(mode="bilinear", padding_mode="border", align_corners=True, dtype=torch.float32)
 
@@ -205,33 +207,54 @@ class RestoreGridd(MapTransform):
 
 
 class AirOutsideBodyd(MapTransform):
-    """Set ``keys`` (HU) to air where ``body`` is below one half, and round to int16."""
+    """Set ``keys`` (HU) to air where ``body`` is below one half, and round to int16.
 
-    def __init__(self, keys: KeysCollection, body: str = "body") -> None:
-        super().__init__(keys)
-        self.body = body
+    Args:
+        outside: what stands for air, in HU; 0 for the standard deviation of it, which stays in single precision.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, body: str = "body", outside: float = AIR_HU, dtype: str = "int16",
+        allow_missing_keys: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(keys, allow_missing_keys)
+        self.body, self.outside, self.dtype = body, float(outside), getattr(torch, dtype)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         data = dict(data)
         for key in self.key_iterator(data):
-            hu = torch.where(data[self.body] < 0.5, torch.as_tensor(float(AIR_HU)), data[key])
-            data[key] = hu.round().to(torch.int16)
+            hu = torch.where(data[self.body] < 0.5, torch.as_tensor(self.outside), data[key])
+            data[key] = hu.to(self.dtype) if self.dtype.is_floating_point else hu.round().to(self.dtype)
         return data
 
 
 class SaveVolumed(MapTransform):
-    """Write ``keys`` below ``output_dir``, under the name in ``data["output"]``, by a temporary name and a rename."""
+    """Write ``keys`` below ``output_dir``, under the name in ``data["output"]``, by a temporary name and a rename.
 
-    def __init__(self, keys: KeysCollection, output_dir: str | Path) -> None:
-        super().__init__(keys)
-        self.output_dir = Path(output_dir)
+    Args:
+        suffix: put behind the name: with ``_sd``, ``a_sct.nii.gz`` becomes ``a_sct_sd.nii.gz``.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, output_dir: str | Path, suffix: str = "", allow_missing_keys: bool = False
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.output_dir, self.suffix = Path(output_dir), suffix
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         for key in self.key_iterator(data):
-            target = self.output_dir / data["output"]
+            target = beside(self.output_dir / data["output"], self.suffix)
             write_volume(data[key], target)
             logger.info("%s -> %s", data["image"].meta["filename_or_obj"], target)
         return dict(data)
+
+
+def beside(path: str | Path, suffix: str, extension: str | None = None) -> Path:
+    """The name of what belongs to a volume: ``a_sct.nii.gz`` with ``_sd`` is ``a_sct_sd.nii.gz``, with another
+    ``extension``, such as ``.json``, ``a_sct.json``."""
+    path = Path(path)
+    own = _extension(path.name) or ""
+    return path.with_name(path.name[: len(path.name) - len(own)] + suffix + (own if extension is None else extension))
 
 
 def write_volume(volume: MetaTensor, path: str | Path) -> None:
@@ -279,18 +302,35 @@ def collate(items: Sequence[dict[Hashable, Any]]) -> Any:
 
 
 class SynthesisEvaluator(SupervisedEvaluator):
-    """Evaluator that goes on after a volume that fails, and lists the failures at the end."""
+    """Evaluator that goes on after a volume that fails, and lists the failures at the end.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        guard: looks at each batch before synthesis (:class:`~custom_modules.guard.Guard`).
+        sidecar: writes the record of each synthesis (:class:`~custom_modules.sidecar.Sidecar`).
+    """
+
+    def __init__(
+        self, *args: Any, guard: Callable | None = None, sidecar: Callable | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.guard, self.sidecar = guard, sidecar
         self.failures: list[str] = []
+        self.started = time.perf_counter()
+        self.add_event_handler(Events.GET_BATCH_STARTED, self._start_clock)
+
+    def _start_clock(self) -> None:
+        self.started = time.perf_counter()
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict:
         if "failure" not in batchdata:
             name = batchdata["image"].meta["filename_or_obj"]
             name = name if isinstance(name, str) else name[0]
             try:
-                return super()._iteration(engine, batchdata)
+                findings = self.guard(batchdata, engine.network) if self.guard else None
+                answer = super()._iteration(engine, batchdata)
+                if self.sidecar:
+                    self.sidecar(name, batchdata["output"][0], findings, time.perf_counter() - self.started)
+                return answer
             except Exception as error:
                 batchdata = {"failure": one_line(error, name)}
         self.failures.append(batchdata["failure"])

@@ -166,13 +166,37 @@ def test_one_window_over_everything_is_the_forward_of_the_network(sampling):
 
 @torch.no_grad()
 @pytest.mark.parametrize("sampling", MODES)
-def test_several_samples_are_averaged(sampling):
-    network, mr = tiny(), volume(16, 16, 16)
-    generator = torch.Generator().manual_seed(7)
-    draws = [network(mr, torch.randn(1, 4, 4, 4, 4, generator=generator)) for _ in range(2)]
+@pytest.mark.parametrize("size", ((16, 16, 16), (30, 24, 16)))
+def test_several_samples_are_those_of_single_runs_with_their_mean_and_deviation(sampling, size):
+    network, mr = tiny(), volume(*size)
+    settings = {"sampling": sampling, "roi_size": size, "num_inference_steps": 2}
+    draws = torch.cat([inferer(seed=7 + k, **settings)(mr, network) for k in range(3)])
     assert (draws[0] - draws[1]).abs().max() > 1e-3
-    ct = inferer(sampling=sampling, seed=7, num_samples=2)(mr, network)
-    torch.testing.assert_close(ct, (draws[0] + draws[1]) / 2, atol=1e-5, rtol=0)
+    mean, deviation = inferer(seed=7, num_samples=3, **settings)(mr, network)[0]
+    torch.testing.assert_close(mean, draws.mean(0)[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(deviation, draws.std(0)[0], atol=1e-5, rtol=0)
+    first = inferer(seed=7, num_samples=3, output="sample", **settings)(mr, network)[0]
+    torch.testing.assert_close(first, torch.stack([draws[0, 0], deviation]), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_samples_share_the_encoded_mr_and_their_batches():
+    network, mr = Mirror(), volume(32, 16, 16)  # three windows
+    encoded, denoised = [], []
+    encode, predict = network.encode, network.predict
+    network.encode = lambda *args: encoded.append(1) or encode(*args)
+    network.predict = lambda z, *args: denoised.append(len(z)) or predict(z, *args)
+    inferer(num_samples=4, num_inference_steps=2, sw_batch_size=6)(mr, network)
+    assert encoded == [1] and denoised == [6, 6] * 2
+
+
+@pytest.mark.parametrize("sampling", MODES)
+def test_where_there_is_no_body_samples_do_not_differ(sampling):
+    mr = volume(160, 16, 16)
+    _, deviation = inferer(sampling=sampling, num_samples=2)(mr, tiny(), slab(mr, 8))[0]
+    assert deviation[:8].max() > 1e-3
+    far = deviation[120:]  # beyond the windows that hold body and a decoder's reach
+    torch.testing.assert_close(far, torch.zeros_like(far), atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -272,6 +296,7 @@ def test_meta_tensors_and_masks_of_integers_are_taken():
         ({"overlap": -0.1}, "overlap"),
         ({"seed": -1}, "seed"),
         ({"num_samples": 0}, "num_samples"),
+        ({"output": "median"}, "output"),
     ),
 )
 def test_wrong_settings_are_refused(settings, name):

@@ -27,6 +27,7 @@ from custom_modules.volumes import (
     RestoreGridd,
     SaveVolumed,
     VolumeDataset,
+    beside,
     collate,
     find_volumes,
     one_line,
@@ -538,3 +539,23 @@ def test_outside_the_body_is_air_and_inside_is_rounded_to_int16():
     body = torch.tensor([[0.5, 1.0, 0.49, 0.0]])
     pred = AirOutsideBodyd("pred")({"pred": hu, "body": body})["pred"]
     assert pred.dtype == torch.int16 and pred.tolist() == [[-4, 1600, AIR, AIR]]
+
+
+def test_what_belongs_to_a_volume_is_named_after_it():
+    assert beside("x/a_sct.nii.gz", "_sd") == Path("x/a_sct_sd.nii.gz")
+    assert beside(Path("a.b.mha"), "", ".json") == Path("a.b.json")
+
+
+def test_the_sd_of_air_is_zero_and_inside_stays_as_it_is():
+    sd, body = torch.tensor([[3.25, 4.5]]), torch.tensor([[1.0, 0.2]])
+    result = AirOutsideBodyd("sd", outside=0.0, dtype="float32", allow_missing_keys=True)({"sd": sd, "body": body})
+    assert result["sd"].tolist() == [[3.25, 0]] and result["sd"].dtype == torch.float32
+    assert set(AirOutsideBodyd("sd", allow_missing_keys=True)({"body": body})) == {"body"}
+
+
+def test_save_volumed_puts_a_suffix_behind_the_name_and_skips_what_is_not_there(tmp_path):
+    image = volume(VALUES, OBLIQUE)
+    image.meta["filename_or_obj"] = "in/a.nii.gz"
+    save = SaveVolumed(["sd", "missing"], tmp_path, suffix="_sd", allow_missing_keys=True)
+    save({"image": image, "sd": image, "output": "x/a_sct.nii.gz"})
+    assert files_in(tmp_path) == ["x/a_sct_sd.nii.gz"]

@@ -1,0 +1,96 @@
+"""``python -m bundle calibrate`` and ``guard``: what the weights need to know about their data, stored beside them."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from bundle.workflow import ROOT, inference_workflow
+from custom_modules.guard import fit
+from custom_modules.metrics import ct_body_mask
+from custom_modules.pairs import load_pairs
+from custom_modules.sidecar import sha256, write_json
+from custom_modules.uncertainty import coverage, fit_scale
+from custom_modules.volumes import InputError, beside, read_volume
+
+def calibrate(
+    dataset_dir: str,
+    datalist: str | None = None,
+    split: str = "validation",
+    output: str = str(ROOT / "models" / "calibration.json"),
+    pred_dir: str | None = None,
+    num_samples: int = 8,
+    **settings: Any,
+) -> None:
+    """Fit the scalar that makes the samples' SD an error in HU, and store it with the weights.
+
+    Args:
+        split: validation patients; never those that results are reported of.
+        output: the JSON that inference.yaml reads.
+        pred_dir: keeps the synthetic CTs and their SD; a temporary folder when None.
+        num_samples: that will be drawn in use.
+        settings: others of configs/inference.yaml, as in use.
+    """
+    pairs = _pairs(dataset_dir, datalist, split)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(pred_dir or scratch)
+        volumes = [{"image": pair["image"], "output": f"{pair['patient']}_sct.nii.gz"} for pair in pairs]
+        own = {"output_dir": str(folder), "calibration": None, "guard_statistics": None, "dataset#data": volumes}
+        workflow = inference_workflow(**own, num_samples=num_samples, **settings)
+        workflow.run()
+        cases = [_error_and_sd(pair, folder / volume["output"]) for pair, volume in zip(pairs, volumes)]
+    scale = fit_scale(*zip(*cases))
+    parser = workflow.parser
+    covered = [float(np.mean([coverage(e, scale * s, level) for e, s in cases])) for level in (0.5, 0.8, 0.95)]
+    record = {
+        "sd_scale": scale,
+        "model_sha256": sha256(parser.get_parsed_content("checkpoint")),
+        "settings": {key: parser.get_parsed_content(key) for key in ("num_inference_steps", "num_samples", "output")},
+        "split": split,
+        "patients": [pair["patient"] for pair in pairs],
+        "coverage": dict(zip(("50", "80", "95"), covered)),
+    }
+    write_json(record, output)
+    print(f"SD x {scale:.3g} covers {covered[0]:.1%}, {covered[1]:.1%}, {covered[2]:.1%} (50, 80, 95 %): {output}")
+
+
+def _error_and_sd(pair: dict[str, str], sct: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Errors and SD in HU of the voxels in the body."""
+    paths = (pair["image"], pair["label"], sct, beside(sct, "_sd"))
+    mr, ct, pred, sd = (np.asarray(read_volume(path)[0]) for path in paths)
+    mask = ct_body_mask(ct, mr)
+    return (pred - ct)[mask], sd[mask]
+
+
+def guard(
+    dataset_dir: str,
+    datalist: str | None = None,
+    split: str = "training",
+    output: str = str(ROOT / "models" / "guard.json"),
+    **settings: Any,
+) -> None:
+    """Measure the MRs of the training split and store what is usual, for the check before each synthesis."""
+    pairs = _pairs(dataset_dir, datalist, split)
+    own = {"guard_statistics": None, "dataset#data": [{"image": pair["image"], "output": ""} for pair in pairs]}
+    parser = inference_workflow(**own, **settings).parser
+    batches = [_sound(batch) for batch in tqdm(parser.get_parsed_content("dataloader"), desc="measuring", unit="MR")]
+    statistics = fit(batches, parser.get_parsed_content("network"))
+    write_json({**statistics, "split": split, "model_sha256": sha256(parser.get_parsed_content("checkpoint"))}, output)
+    for name, known in statistics["measures"].items():
+        print(f"{name:<42}{known['low']:>10.4g} to {known['high']:.4g}")
+    print(f"written to {output}")
+
+
+def _sound(batch: dict[str, Any]) -> dict[str, Any]:
+    if "failure" in batch:
+        raise InputError(batch["failure"])
+    return batch
+
+
+def _pairs(dataset_dir: str, datalist: str | None, split: str) -> list[dict[str, str]]:
+    path = Path(datalist or Path(dataset_dir) / "datalist.json")
+    return load_pairs(path, dataset_dir, list(dict.fromkeys((split, "training"))))[split]
