@@ -6,16 +6,23 @@ import sys
 
 import fire
 
+from bundle.calibrate import calibrate, guard
 from bundle.demo import demo
 from bundle.evaluate import evaluate
+from bundle.phantom import phantom
+from bundle.prepare import prepare
+from bundle.report import report
 from bundle.ship import ship
 from bundle.synthesize import synthesize
 from custom_modules.volumes import InputError
 
 
+COMMANDS = [synthesize, evaluate, report, calibrate, guard, prepare, phantom, demo, ship]
+
+
 def main() -> None:
     try:
-        fire.Fire({"synthesize": synthesize, "evaluate": evaluate, "demo": demo, "ship": ship}, name="python -m bundle")
+        fire.Fire({command.__name__: command for command in COMMANDS}, name="python -m bundle")
     except InputError as error:
         sys.exit(f"error: {error}")
 
