@@ -49,6 +49,16 @@ class PairPrepareBatch(PrepareBatch):
         return pair, pair
 
 
+class ReconstructionPrepareBatch(PrepareBatch):
+    """Stage 1's validation: the CT as input, and as target the CT with the voxels that count as a second channel."""
+
+    def __call__(
+        self, batchdata: Mapping[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        target = _as_tensor(batchdata, "label", device, non_blocking)
+        return target[:, :1], target
+
+
 class SynthesisPrepareBatch(PrepareBatch):
     """Regression baselines: the MR as input, and as target the CT with where it can teach (:func:`has_both`)."""
 
@@ -60,7 +70,7 @@ class SynthesisPrepareBatch(PrepareBatch):
 
 
 class ReconstructionInferer(Inferer):
-    """Stage 1's validation: the CT of a pair encoded and decoded, without sampling, in tiles of ``tile_size``."""
+    """Stage 1's validation: a volume encoded and decoded, without sampling, in tiles of ``tile_size``."""
 
     def __init__(self, tile_size: Sequence[int], amp: bool = True) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ from custom_modules.training import (
     OneStepEstimate,
     PairPrepareBatch,
     ReconstructionInferer,
+    ReconstructionPrepareBatch,
     SynthesisPrepareBatch,
 )
 from custom_modules.volumes import InputError
@@ -93,6 +94,12 @@ def test_a_regression_batch_is_mr_ct_and_where_the_pair_is_valid():
     batch = {key: torch.rand(2, 1, 4, 4, 4) * 2 - 1 for key in ("image", "label")}
     mr, (ct, valid) = SynthesisPrepareBatch()(batch, "cpu")
     assert torch.equal(mr, batch["image"]) and torch.equal(ct, batch["label"]) and torch.equal(valid, has_both(mr, ct))
+
+
+def test_stage_one_validates_the_reconstruction_of_the_ct():
+    batch = {"image": torch.zeros(1, 1, 4, 4, 4), "label": torch.rand(1, 2, 4, 4, 4)}
+    ct, target = ReconstructionPrepareBatch()(batch, "cpu")
+    assert torch.equal(ct, batch["label"][:, :1]) and torch.equal(target, batch["label"])
 
 
 def test_a_stage_one_batch_is_both_modalities_and_its_own_target():
