@@ -98,7 +98,7 @@ class AutoencoderLoss(nn.Module):
     def __init__(
         self,
         kl_weight: float = 2e-5,
-        disentanglement_weight: float = 1e-4,
+        disentanglement_weight: float = 3e-3,
         adversary: Adversary | None = None,
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
         perceptual_weight: float = 1e-3,

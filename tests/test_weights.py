@@ -144,8 +144,7 @@ def test_a_failure_to_save_leaves_what_was_there(tmp_path, network, monkeypatch)
     before = path.read_bytes()
 
     def fails_half_way(state, file, *args, **kwargs):
-        with open(file, "wb") as stream:
-            stream.write(b"half of it")
+        file.write(b"half of it")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", fails_half_way)
