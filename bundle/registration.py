@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,7 +179,9 @@ def displacement(transform: Any, moving: Any) -> np.ndarray:
     """Where ``transform`` sends each point of the MR's grid, less the point itself: (3, D, H, W) in RAS mm."""
     method = _transformix(transform, moving)
     method.ComputeDeformationFieldOn()
-    method.UpdateLargestPossibleRegion()
+    with tempfile.TemporaryDirectory() as folder:  # transformix writes the field to a file too
+        method.SetOutputDirectory(folder)
+        method.UpdateLargestPossibleRegion()
     field = itk.array_view_from_image(method.GetOutputDeformationField()).transpose(3, 2, 1, 0)
     return field * np.array([-1, -1, 1], dtype=np.float32).reshape(3, 1, 1, 1)
 
@@ -245,5 +248,8 @@ def jacobian(transform: Any, moving: Any) -> np.ndarray:
     """Determinant of the transform's spatial Jacobian on the MR's grid, (D, H, W): 1 keeps volume, <= 0 folds."""
     method = _transformix(transform, moving)
     method.ComputeDeterminantOfSpatialJacobianOn()
-    method.UpdateLargestPossibleRegion()
-    return itk.array_view_from_image(method.ComputeSpatialJacobianDeterminantImage()).transpose(2, 1, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        method.SetOutputDirectory(folder)
+        method.UpdateLargestPossibleRegion()
+        determinant = method.ComputeSpatialJacobianDeterminantImage()
+    return itk.array_view_from_image(determinant).transpose(2, 1, 0)

@@ -17,7 +17,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-from conftest import ROOT, files_in, full_disk, save
+from conftest import AIR, ROOT, files_in, full_disk, save
 from monai.data import MetaTensor
 from monai.data.itk_torch_bridge import metatensor_to_itk_image
 from monai.transforms import ResampleToMatch
@@ -590,9 +590,11 @@ def test_the_prepared_volumes_lie_where_the_mr_was(inbox, tmp_path, person):
     for prepared, given in ((image, person[0]), (label, person[1])):
         oracle = ResampleToMatch(mode="bilinear", padding_mode="border", align_corners=True)(given, prepared)
         body = np.asarray(ResampleToMatch(mode="nearest")(person[2], prepared)[0]) > 0
-        scale = np.asarray(prepared[0])[body] / np.maximum(np.asarray(oracle[0])[body], 1)
-        close = np.isclose(np.asarray(prepared[0])[body], np.asarray(oracle[0])[body] * np.median(scale), atol=3)
-        assert close.mean() > 0.97
+        kept = body & (np.asarray(prepared[0]) > AIR)  # at 4 mm, the couch's removal takes skin and thin walls too
+        assert kept.sum() > 0.8 * body.sum()
+        found, expected = np.asarray(prepared[0])[kept], np.asarray(oracle[0])[kept]
+        scale = np.median(found / np.maximum(expected, 1)) if prepared is image else 1.0  # MR units are arbitrary
+        assert np.isclose(found, expected * scale, atol=3).mean() > 0.97
 
 
 def test_finished_patients_are_skipped_until_input_or_settings_change(inbox, tmp_path):
