@@ -1,7 +1,7 @@
 """Steps per second, peak memory and the share of time that data loading takes, of each training stage at several crop
 sizes.
 
-    python benchmarks/training.py [--dataset_dir DIR] [--sizes 32,64,96] [--steps 12]
+    python benchmarks/training.py [--dataset_dir DIR] [--sizes 48,64,96] [--steps 12]
 
 Each case is a process of its own, so that its peak memory is its own. Without ``dataset_dir`` the data are phantoms.
 The first third of the steps is left out of the times.
@@ -92,7 +92,7 @@ def case(stage: str | int, size: int, steps: int, dataset_dir: str, scratch: str
     print("RESULT " + json.dumps(result))
 
 
-def main(dataset_dir: str | None = None, sizes: tuple[int, ...] = (32, 64, 96), steps: int = 12) -> None:
+def main(dataset_dir: str | None = None, sizes: tuple[int, ...] = (48, 64, 96), steps: int = 12) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         data = dataset_dir or phantoms(Path(scratch))
