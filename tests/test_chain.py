@@ -56,4 +56,4 @@ def test_from_phantoms_to_scores(tmp_path):
     )  # fmt: skip
     rows = list(csv.DictReader((tmp_path / "eval" / "metrics.csv").open()))
     assert {row["system"] for row in rows} >= {"3D-WLDM", "0 HU", "MR lookup"}
-    assert all(np.isfinite(float(row["mae"])) for row in rows if row["patient"].startswith("phantom"))
+    assert all(np.isfinite(float(row["synthrad2025_mae"])) for row in rows if row["patient"].startswith("phantom"))
