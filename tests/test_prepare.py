@@ -666,7 +666,7 @@ def test_limits_name_what_falls_short():
 
 
 def test_a_crash_costs_one_patient(inbox, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "prepare_patient", lambda *args: os.kill(os.getpid(), signal.SIGSEGV))
+    monkeypatch.setattr(prepare_module, "prepare_patient", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
     context = multiprocessing.get_context("fork")
     message = prepare_module._in_process(context, find_patients(inbox)[0], tmp_path, Settings())
     assert "anna" in message and "died" in message
