@@ -8,11 +8,13 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, TRAINING, TRAINING_DENOISER, train, train_workflow
 from ignite.engine import Engine, Events
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from custom_modules.runs import (
@@ -69,6 +71,16 @@ def losses_of(workflow) -> dict[int, float]:
     return losses
 
 
+def scalar(folder: Path, tag: str) -> dict[int, float]:
+    """A TensorBoard scalar of a run: step to value."""
+    values = {}
+    for file in folder.glob("events.*"):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        values |= {e.step: e.value for e in events.Scalars(tag)} if tag in events.Tags()["scalars"] else {}
+    return values
+
+
 def killed(when: str, iteration: int, name: str, settings: dict) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", SUICIDE, when, str(iteration), name, json.dumps(settings)]
@@ -76,8 +88,15 @@ def killed(when: str, iteration: int, name: str, settings: dict) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("when", ["step", "checkpoint"])
-@pytest.mark.parametrize("name", ["train_autoencoder", "train"])
+@pytest.mark.parametrize(
+    ("name", "when"),
+    [
+        ("train_autoencoder", "step"),
+        ("train", "checkpoint"),
+        pytest.param("train_autoencoder", "checkpoint", marks=pytest.mark.slow),
+        pytest.param("train", "step", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_resumes_on_the_curve_of_the_uninterrupted_one(name, when, phantoms, trained, tmp_path):
     settings = {**TRAINING, **LONG, "dataset_dir": str(phantoms), "check_data": False}
     if name == "train":
@@ -117,12 +136,11 @@ def test_two_processes_train_as_one_that_accumulates(name, phantoms, trained, tm
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    states = [torch.load(tmp_path / n / "checkpoint_00000006.pt", weights_only=True) for n in ("two",)]
-    states += [torch.load(tmp_path / "one/checkpoint_00000012.pt", weights_only=True)]
-    two, one = states
-    for key, value in one["network"].items():
-        torch.testing.assert_close(two["network"][key], value, rtol=2e-3, atol=2e-4)
-    assert two["best"]["best"] == pytest.approx(one["best"]["best"], rel=0.01)
+    one, two = (scalar(tmp_path / name, "loss") for name in ("one", "two"))
+    # the first rank logs its own batches, which are every other one of the single process
+    assert list(two.values()) == pytest.approx([one[iteration] for iteration in range(1, 13, 2)], rel=0.01)
+    one, two = (scalar(tmp_path / name, "val_mae") for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=0.01)
     assert len(json.loads((tmp_path / "two/run.json").read_text())) == 1
 
 
@@ -295,8 +313,6 @@ def test_the_record_says_what_ran_and_grows_when_resumed(tmp_path):
 
 
 def test_a_run_leaves_its_record_scalars_and_a_montage(trained):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     (record,) = json.loads((trained / "ldm/run.json").read_text())
     assert record["settings"]["batch_size"] == TRAINING["batch_size"] and len(record["data_sha256"]) == 64
     events = EventAccumulator(str(trained / "ldm"))
