@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -48,7 +49,9 @@ def load_pairs(
     for entry in itertools.chain(*pairs.values()):
         image = Path(entry["image"])
         stem = next((image.name[: -len(e)] for e in EXTENSIONS if image.name.lower().endswith(e)), image.name)
-        entry.setdefault("patient", image.parent.name if by_folder else stem)
+        patient = Path(str(entry.get("patient", image.parent.name if by_folder else stem)))
+        root = os.path.normpath(base_dir)  # MONAI takes a name for a path where there is a folder of that name
+        entry["patient"] = str(patient.relative_to(root) if patient.is_relative_to(root) else patient)
     return pairs
 
 

@@ -65,6 +65,13 @@ def test_a_patient_is_named_by_the_datalist_or_by_what_tells_files_apart(folder)
     assert pairs["training"][0]["patient"] == "a.mr" and pairs["validation"][0]["patient"] == "x"
 
 
+def test_a_patient_named_as_a_folder_keeps_the_name(folder):
+    entries = json.loads((folder / "datalist.json").read_text())
+    named = {split: [{**e, "patient": e["image"].split("/")[0]} for e in part] for split, part in entries.items()}
+    (folder / "datalist.json").write_text(json.dumps(named))
+    assert [pair["patient"] for pair in pairs_of(folder)["training"]] == ["p0", "p1"]
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
