@@ -17,6 +17,7 @@ from monai.transforms import Randomizable
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
+from custom_modules.metrics import check_hu
 from custom_modules.volumes import EXTENSIONS, InputError, read_volume, stop
 
 Pair = dict[str, str]
@@ -133,18 +134,16 @@ def _problems(mr: Any, ct: Any, pair: Pair) -> list[str]:
     if mr.shape != ct.shape or not torch.allclose(mr.affine, ct.affine, atol=1e-2):
         return [f"{pair['label']}: its grid is not that of {pair['image']}; register and resample the CT to the MR first"]
     mr_is_ct = float(mr.min()) < -0.2 * float(np.percentile(np.asarray(mr), 99))
-    ct_low, ct_high = float(ct.min()), float(ct.max())
-    ct_is_hu = ct_low < -150 and ct_high - ct_low > 300
-    if mr_is_ct and not ct_is_hu:
+    try:
+        check_hu(np.asarray(ct), pair["label"])
+        not_hu = ""
+    except InputError as error:
+        not_hu = str(error)
+    if mr_is_ct and not_hu:
         return [f"{pair['image']} and {pair['label']}: MR and CT are swapped; image is the MR, label the CT"]
-    problems = []
+    problems = [not_hu] if not_hu else []
     if mr_is_ct:
         problems.append(f"{pair['image']}: goes down to {float(mr.min()):g} as a CT does; image must be the MR")
-    if not ct_is_hu:
-        problems.append(
-            f"{pair['label']}: {ct_low:g} to {ct_high:g} are not Hounsfield units (fat is -100, air -1000); "
-            "apply the rescale slope and intercept"
-        )
     return problems
 
 
