@@ -17,7 +17,10 @@ class ChannelRMSNorm(nn.RMSNorm):
     """Root-mean-square norm over the channels of each voxel of (N, C, D, H, W) (Zhang and Sennrich 2019)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.movedim(1, -1).to(self.weight.dtype)).movedim(-1, 1)
+        x = x.movedim(1, -1).to(self.weight.dtype)
+        # on CPU a norm and two products take about half the time of ``F.rms_norm``, which writes the squares out first
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+        return (x * (square + torch.finfo(x.dtype).eps).rsqrt() * self.weight).movedim(-1, 1)
 
 
 class _DepthwiseConvolution(torch.autograd.Function):
@@ -90,9 +93,10 @@ class WaveletResidualModule(nn.Module):
         low1, (_, _, *size1) = bands1[:, :channels], bands1.shape
         low1_deeper = self.transform.inverse(self.level2(self.transform(low1)), size1)  # L1''
         bands1 = self.level1(bands1)  # L1', H1'
-        bands1 = torch.cat([bands1[:, :channels] + low1_deeper, bands1[:, channels:]], dim=1)
+        bands1[:, :channels] += low1_deeper
         enhanced = self.transform.inverse(bands1, x.shape[2:])
-        return self.out(x + self.primary(x) + self.scale * enhanced)
+        del bands1, low1, low1_deeper  # the peak of memory is here
+        return self.out(torch.addcmul(x + self.primary(x), self.scale, enhanced))
 
 
 class ResidualBlock(nn.Module):

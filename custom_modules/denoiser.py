@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 from torch import Tensor, nn
 
 from custom_modules.blocks import ChannelRMSNorm, ResidualBlock
-from custom_modules.dsca import DualSkipConnectionAttention
+from custom_modules.dsca import DualSkipConnectionAttention, pool_to_tokens
+
+KEYS_AND_VALUES = 4  # tensors that a scale's DSCA takes of Z_MR
 
 
 class LatentDenoiser(nn.Module):
@@ -20,7 +23,8 @@ class LatentDenoiser(nn.Module):
         channels: features of each scale, finest first; every scale but the last halves the resolution.
         num_blocks: residual blocks a scale, on the way down and on the way up.
         dsca: False for plain concatenation in the skips (Table II without DSCA).
-        attention_channels, max_tokens: see :class:`~custom_modules.dsca.DualSkipConnectionAttention`.
+        attention_channels: see :class:`~custom_modules.dsca.DualSkipConnectionAttention`.
+        max_tokens: Z_MR is pooled to at most so many keys; raise it to the latent's voxels for full resolution.
     """
 
     def __init__(
@@ -33,7 +37,7 @@ class LatentDenoiser(nn.Module):
         max_tokens: int = 512,
     ) -> None:
         super().__init__()
-        self.latent_channels, self.time_channels = latent_channels, channels[0]
+        self.latent_channels, self.time_channels, self.max_tokens = latent_channels, channels[0], max_tokens
         self.downsampling = 2 ** (len(channels) - 1)
         embedding = 4 * channels[0]
         self.time_embedding = nn.Sequential(
@@ -51,19 +55,27 @@ class LatentDenoiser(nn.Module):
                 nn.Identity() if level == 0 else nn.ConvTranspose3d(width, channels[level - 1], 2, stride=2)
             )
             if dsca:
-                self.skip.append(DualSkipConnectionAttention(width, latent_channels, attention_channels, max_tokens))
+                self.skip.append(DualSkipConnectionAttention(width, latent_channels, attention_channels))
         self.middle = ResidualBlock(channels[-1], channels[-1], embedding)
         self.out = nn.Sequential(
             ChannelRMSNorm(channels[0]), nn.SiLU(), nn.Conv3d(channels[0], latent_channels, 3, padding=1)
         )
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
+    def condition(self, z_mr: Tensor) -> tuple[Tensor, ...]:
+        """All that depends on Z_MR (N, c, d, h, w) and on nothing else, so that a sampler computes it once: the MR half of
+        the first convolution, and for each scale the keys and values of its DSCA. Each has N as its first dimension."""
+        weight = self.conv_in.weight[:, self.latent_channels :]
+        features = F.conv3d(_channels_last(z_mr), weight, self.conv_in.bias, padding=1)
+        tokens = pool_to_tokens(z_mr, self.max_tokens)
+        return (features, *(tensor for dsca in self.skip for tensor in dsca.keys_and_values(tokens)))
+
+    def denoise(self, z: Tensor, timesteps: Tensor, condition: Sequence[Tensor]) -> Tensor:
         """Predict the noise (or velocity) of a batch.
 
         Args:
-            x: (N, 2 c, d, h, w), noisy CT latent and MR latent; d, h and w multiples of ``downsampling``.
+            z: noisy CT latent (N, c, d, h, w); d, h and w multiples of ``downsampling``.
             timesteps: (N,) integers.
-            context: unused; MONAI's inferers pass it.
+            condition: of :meth:`condition`.
 
         Returns:
             (N, c, d, h, w).
@@ -71,11 +83,12 @@ class LatentDenoiser(nn.Module):
         Raises:
             ValueError: for a size that does not divide.
         """
-        if any(size % self.downsampling for size in x.shape[2:]):
-            raise ValueError(f"latent size {tuple(x.shape[2:])} is not a multiple of {self.downsampling}")
-        z_mr = x[:, self.latent_channels :]
-        embedding = self.time_embedding(get_timestep_embedding(timesteps, self.time_channels).to(x.dtype))
-        h = self.conv_in(x.contiguous(memory_format=torch.channels_last_3d))
+        if any(size % self.downsampling for size in z.shape[2:]):
+            raise ValueError(f"latent size {tuple(z.shape[2:])} is not a multiple of {self.downsampling}")
+        features, *attention = condition
+        embedding = self.time_embedding(get_timestep_embedding(timesteps, self.time_channels).to(z.dtype))
+        weight = self.conv_in.weight[:, : self.latent_channels]
+        h = F.conv3d(_channels_last(z), weight, padding=1) + features
         encoder_features = []
         for blocks, downsample in zip(self.down, self.downsample):
             for block in blocks:
@@ -85,8 +98,19 @@ class LatentDenoiser(nn.Module):
         h = self.middle(h, embedding)
         for level in reversed(range(len(self.up))):
             e = encoder_features[level]
-            h = self.skip[level](e, h, z_mr) if self.skip else torch.cat([e, h], dim=1)
+            keys_and_values = attention[KEYS_AND_VALUES * level : KEYS_AND_VALUES * (level + 1)]
+            h = self.skip[level](e, h, *keys_and_values) if self.skip else torch.cat([e, h], dim=1)
             for block in self.up[level]:
                 h = block(h, embedding)
             h = self.upsample[level](h)
         return self.out(h).float()
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
+        """:meth:`denoise` as MONAI's inferers call it: ``x`` (N, 2 c, d, h, w) holds the noisy CT latent and then the MR
+        latent; ``context`` is unused."""
+        z, z_mr = x.chunk(2, dim=1)
+        return self.denoise(z, timesteps, self.condition(z_mr))
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last_3d)

@@ -33,27 +33,35 @@ class _CrossAttention(nn.Module):
         nn.init.zeros_(self.out.weight)  # a fresh module is a plain skip connection
         nn.init.zeros_(self.out.bias)
 
-    def attend(self, features: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of a half of the (pooled) MR latent, each (N, tokens, attention_channels)."""
+        return _tokens(self.key(context)), _tokens(self.value(context))
+
+    def attend(self, features: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The query and softmax(Q K^T / sqrt(d)) V, both (N, attention_channels, D, H, W)."""
         query = self.query(self.norm(features))
-        q, k, v = (x.flatten(2).transpose(1, 2)[:, None] for x in (query, self.key(context), self.value(context)))
+        q, k, v = (x[:, None] for x in (_tokens(query), key, value))
         attended = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)
         return query, attended.unflatten(2, query.shape[2:])
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)
 
 
 class StructureEmphasis(_CrossAttention):
     """SEM: A_stru = softmax(Q_s K_s^T / sqrt(d_K1)) V_s, keys and values from S_MR (Eq. 9), then a projection."""
 
-    def forward(self, features: Tensor, structure: Tensor) -> Tensor:
-        return self.out(self.attend(features, structure)[1])
+    def forward(self, features: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self.out(self.attend(features, key, value)[1])
 
 
 class ModalityFiltering(_CrossAttention):
     """MFM: A_modal = Q_m - softmax(Q_m K_m^T / sqrt(d_K2)) V_m, keys and values from M_MR (Eq. 10), then a
     projection."""
 
-    def forward(self, features: Tensor, modality: Tensor) -> Tensor:
-        query, attended = self.attend(features, modality)
+    def forward(self, features: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, attended = self.attend(features, key, value)
         return self.out(query - attended)
 
 
@@ -64,18 +72,24 @@ class DualSkipConnectionAttention(nn.Module):
         channels: of E_i.
         latent_channels: c of Z_MR, whose halves are S_MR and M_MR.
         attention_channels: d_K of both attentions.
-        max_tokens: Z_MR is pooled to at most so many keys; raise it to the latent's voxels for full resolution.
     """
 
-    def __init__(self, channels: int, latent_channels: int, attention_channels: int, max_tokens: int) -> None:
+    def __init__(self, channels: int, latent_channels: int, attention_channels: int) -> None:
         super().__init__()
-        self.max_tokens = max_tokens
         self.structure_emphasis = StructureEmphasis(channels, latent_channels // 2, attention_channels)
         self.modality_filtering = ModalityFiltering(channels, latent_channels // 2, attention_channels)
 
-    def forward(self, encoder_features: Tensor, decoder_features: Tensor, z_mr: Tensor) -> Tensor:
-        """E_i (N, C, D, H, W), D_i (N, C', D, H, W) and Z_MR (N, c, d, h, w) to (N, C + C', D, H, W)."""
-        structure, modality = WaveletAutoencoderKL.split(pool_to_tokens(z_mr, self.max_tokens))
-        skip = encoder_features + self.structure_emphasis(encoder_features, structure)
-        skip = skip + self.modality_filtering(encoder_features, modality)
+    def keys_and_values(self, z_mr: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What DSCA takes of Z_MR (N, c, d, h, w), pooled or not: K and V of S_MR, then those of M_MR."""
+        structure, modality = WaveletAutoencoderKL.split(z_mr)
+        return (
+            *self.structure_emphasis.keys_and_values(structure),
+            *self.modality_filtering.keys_and_values(modality),
+        )
+
+    def forward(self, encoder_features: Tensor, decoder_features: Tensor, *keys_and_values: Tensor) -> Tensor:
+        """E_i (N, C, D, H, W), D_i (N, C', D, H, W) and :meth:`keys_and_values` to (N, C + C', D, H, W)."""
+        structure, modality = keys_and_values[:2], keys_and_values[2:]
+        skip = encoder_features + self.structure_emphasis(encoder_features, *structure)
+        skip = skip + self.modality_filtering(encoder_features, *modality)
         return torch.cat([skip, decoder_features], dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,22 +12,13 @@ from monai.utils import convert_to_tensor
 from torch import Tensor
 from tqdm import tqdm
 
-from custom_modules.memory import window_batch
+from custom_modules.memory import free_memory, shrinking, window_batch
 from custom_modules.synthesizer import Synthesizer
+from custom_modules.tiling import Box, Windows, pad_to_windows, tile_size, tiles, times
 
-
-def pad_to_windows(x: Tensor, roi_size: Sequence[int], unit: int, margin: int = 0) -> tuple[Tensor, tuple]:
-    """Pad (N, C, D, H, W) on both sides by at least ``margin``, to at least ``roi_size`` and to multiples of ``unit``,
-    replicating the edge.
-
-    Returns:
-        The padded tensor and the index that crops it back.
-    """
-    sizes = x.shape[2:]
-    extra = [max(roi, -(-(size + 2 * margin) // unit) * unit) - size for roi, size in zip(roi_size, sizes)]
-    margins = [(e // 2, e - e // 2) for e in extra]
-    padded = F.pad(x, [m for pair in reversed(margins) for m in pair], mode="replicate")
-    return padded, (..., *(slice(before, before + size) for (before, _), size in zip(margins, sizes)))
+TILE_BYTES = 230  # of memory a voxel at the peak of encoding or decoding, measured by benchmarks/road.py
+LEAST_TILE = 2**18  # voxels
+WAVELET_GRID = 4  # latent voxels: the coarsest grid of the two-level transforms, on which tiles have to lie
 
 
 class LatentSamplingInferer(Inferer):
@@ -38,7 +29,8 @@ class LatentSamplingInferer(Inferer):
     never disagree about the sample. ``windows``: every window is encoded, sampled and decoded on its own, and the
     images are blended; kept as the baseline that the first replaces.
 
-    Windows that hold no body are not computed: their output is the one that stands for air.
+    Windows and tiles that hold no body are not computed: they are air. Volumes stay in main memory, only tiles and
+    latents go to the network's device. When memory runs out, tiles or batches are halved and the log says so.
 
     Args:
         roi_size: window, in image voxels; rounded up to what the networks divide by.
@@ -52,11 +44,15 @@ class LatentSamplingInferer(Inferer):
         output: ``mean`` of the samples, or the first ``sample``.
         seed: of the noise, which is drawn on the CPU and so is the same on every device; sample k has seed + k, so that
             N samples are those of N runs of one.
-        tile_size: largest image tile that is encoded or decoded at once, in voxels; rounded down to multiples of
-            four times what the networks divide by (64).
+        tile_voxels: of the largest tile that is encoded or decoded at once.
+        halo: image voxels around each tile that are computed with it and thrown away; 32 hold all but 0.01 HU of what a
+            decoder sees.
         sw_batch_size: windows a batch; chosen by the free memory of the device when None.
-        amp: bfloat16 autocast.
-        progress: show a bar over the steps.
+        memory_limit: GiB that the process may hold, on CPU of main memory, on CUDA of the device's; what is free when
+            None.
+        amp: bfloat16 autocast of the denoiser. The autoencoder is in single precision, which costs no more on CPU, and
+            without which tiles would differ from the whole by rounding.
+        progress: show a bar over tiles and windows.
 
     Raises:
         ValueError: for an unknown ``sampling`` or ``output``, an overlap outside [0, 1), a negative seed or no samples.
@@ -72,8 +68,10 @@ class LatentSamplingInferer(Inferer):
         num_samples: int = 1,
         output: str = "mean",
         seed: int = 0,
-        tile_size: Sequence[int] = (128, 128, 128),
+        tile_voxels: int = 12_000_000,
+        halo: int = 32,
         sw_batch_size: int | None = None,
+        memory_limit: float | None = None,
         amp: bool = True,
         progress: bool = True,
     ) -> None:
@@ -89,8 +87,8 @@ class LatentSamplingInferer(Inferer):
         self.roi_size, self.overlap, self.margin, self.sampling = tuple(roi_size), overlap, margin, sampling
         self.num_inference_steps, self.num_samples, self.seed = num_inference_steps, num_samples, seed
         self.output = output
-        self.tile_size, self.sw_batch_size = tuple(tile_size), sw_batch_size
-        self.amp, self.progress = amp, progress
+        self.tile_voxels, self.halo, self.sw_batch_size = int(tile_voxels), halo, sw_batch_size
+        self.memory_limit, self.amp, self.progress = memory_limit, amp, progress
 
     @torch.inference_mode()
     def __call__(  # type: ignore[override]
@@ -105,23 +103,31 @@ class LatentSamplingInferer(Inferer):
 
         Returns:
             Synthetic CT (1, 1, D, H, W) in [-1, 1]; of several samples (1, 2, D, H, W), the second channel their
-            standard deviation on the same scale.
+            standard deviation on the same scale. Where the inputs are.
+
+        Raises:
+            InputError: when memory runs out even with the smallest tiles and batches.
         """
         network.eval()
         mr = convert_to_tensor(inputs, track_meta=False)
         body = torch.ones_like(mr) if body is None else convert_to_tensor(body, track_meta=False).to(mr)
         roi_size = [-(-size // network.downsampling) * network.downsampling for size in self.roi_size]
         (mr, inside), (body, _) = (pad_to_windows(x, roi_size, network.downsampling, self.margin) for x in (mr, body))
-        window = math.prod(size // network.autoencoder.downsampling for size in roi_size)
-        batch = self.sw_batch_size or window_batch(mr.device, window, network.denoiser.time_channels)
         generators = [torch.Generator().manual_seed(self.seed + k) for k in range(self.num_samples)]
-        with torch.autocast(mr.device.type, dtype=torch.bfloat16, enabled=self.amp):
-            road = self._whole if self.sampling == "whole" else self._windows
-            ct = road(mr, body, network, roi_size, batch, generators)
-        return ct[inside]
+        road = self._whole if self.sampling == "whole" else self._windows
+        return road(mr, body, network, roi_size, generators)[inside]
 
-    def _steps(self, steps):
-        return tqdm(steps, desc="sampling", unit="step", disable=not self.progress)
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.amp)
+
+    def _batch(self, network: Synthesizer, roi_size: Sequence[int]) -> int:
+        window = math.prod(roi_size) // network.autoencoder.downsampling**3
+        return self.sw_batch_size or window_batch(
+            network.device, window, network.denoiser.time_channels, self.memory_limit
+        )
+
+    def _bar(self, total: int, what: str, unit: str) -> tqdm:
+        return tqdm(total=total, desc=what, unit=unit, disable=not self.progress, leave=False)
 
     def _summary(self, samples: Iterable[Tensor]) -> Tensor:
         """The answer and, of several samples, their standard deviation as a second channel, in one pass over them so
@@ -136,50 +142,80 @@ class LatentSamplingInferer(Inferer):
         answer = mean if self.output == "mean" else first
         return answer if count == 1 else torch.cat([answer, (squares / (count - 1)).sqrt()], dim=1)
 
+    # one latent for the patient
+
     def _whole(
-        self, mr: Tensor, body: Tensor, network: Synthesizer, roi_size: list[int], batch: int,
-        generators: list[torch.Generator],
-    ) -> Tensor:  # fmt: skip
+        self, mr: Tensor, body: Tensor, network: Synthesizer, roi_size: list[int], generators: list[torch.Generator]
+    ) -> Tensor:
         f = network.autoencoder.downsampling
-        step = 4 * network.downsampling  # so that a quarter of a tile, the overlap, stays on the coarsest grid
-        tile_size = [max(size // step, 1) * step for size in self.tile_size]
-        z_mr = self._tiled(mr, lambda tile: network.encode(tile, "MR"), tile_size)
-        noise = torch.cat([torch.randn(z_mr.shape, generator=generator) for generator in generators]).to(z_mr)
-        latent_body = F.max_pool3d(body, f).expand(len(noise), -1, -1, -1, -1)
-        z_mr, air = z_mr.expand_as(noise), network.air_latent().expand_as(noise)
-        window = [size // f for size in roi_size]
+        body = F.max_pool3d(body, f)[0, 0] > 0
+        windows = Windows(body, [size // f for size in roi_size], self.overlap)
+        z_mr = self._encode(mr, network, windows.needed)
+        shape = (1, *z_mr.shape[1:])
+        noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(z_mr)
+        denoise = Denoising(network, z_mr, windows, keep=self.num_inference_steps > 1)
+        batch, passes = self._batch(network, roi_size), len(windows.boxes) * len(noise)
+        with self._bar(passes * self.num_inference_steps, "denoising", "window") as bar, self._autocast(z_mr.device):
 
-        def predict(z: Tensor, t: int) -> Tensor:
-            stack = torch.cat([z, z_mr, network.schedule.output_for(air, z, t), latent_body], dim=1)
-            return sliding_window_inference(
-                stack, window, batch, lambda w: self._predict_windows(w, network, t), self.overlap, mode="gaussian"
-            )
+            def predict(z: Tensor, t: int) -> Tensor:
+                return shrinking(lambda size: denoise(z, t, size, bar), batch, 1, "windows")
 
-        z = network.schedule.sample(predict, noise, self.num_inference_steps, self._steps)
-        return self._summary(self._tiled(s, network.decode, [size // f for size in tile_size]) for s in z.split(1))
+            z = network.schedule.sample(predict, noise, self.num_inference_steps)
+        del denoise, z_mr, noise
+        return self._decode(z, network, body)
+
+    def _tiles(self, size: Sequence[int], f: int, voxels: int) -> list[tuple]:
+        """Tiles of a latent of ``size`` that stand for at most ``voxels`` of the image, halo and all."""
+        halo = -(-self.halo // (f * WAVELET_GRID)) * WAVELET_GRID
+        return list(tiles(size, tile_size(size, voxels // f**3, halo, WAVELET_GRID), halo))
+
+    def _tile_voxels(self, device: torch.device) -> int:
+        return min(self.tile_voxels, max(free_memory(device, self.memory_limit) // TILE_BYTES, LEAST_TILE))
+
+    def _encode(self, mr: Tensor, network: Synthesizer, needed: Tensor) -> Tensor:
+        """Z_MR (1, c, d, h, w) on the network's device; zero in tiles where nothing is ``needed``."""
+        f, device = network.autoencoder.downsampling, network.device
+
+        def encode(voxels: int) -> Tensor:
+            z = torch.zeros(1, network.autoencoder.latent_channels, *needed.shape, device=device)
+            parts = [part for part in self._tiles(needed.shape, f, voxels) if needed[part[1]].any()]
+            with self._bar(len(parts), "encoding", "tile") as bar:
+                for wide, box, inner in parts:
+                    z[(..., *box)] = network.encode(mr[(..., *times(wide, f))].to(device), "MR")[(..., *inner)]
+                    bar.update()
+            return z
+
+        return shrinking(encode, self._tile_voxels(device), LEAST_TILE, "voxels")
+
+    def _decode(self, z: Tensor, network: Synthesizer, body: Tensor) -> Tensor:
+        """The samples ``z`` (K, c, d, h, w) decoded tile by tile and summed up in main memory, air in tiles without
+        ``body``: the volume exists once, however many samples there are."""
+        f = network.autoencoder.downsampling
+
+        def decode(voxels: int) -> Tensor:
+            ct = torch.zeros(1, 1 if len(z) == 1 else 2, *(size * f for size in body.shape))
+            ct[:, 0] = -1
+            parts = [part for part in self._tiles(body.shape, f, voxels) if body[part[1]].any()]
+            with self._bar(len(parts) * len(z), "decoding", "tile") as bar:
+                for wide, box, inner in parts:
+                    samples = self._decoded(z, wide, inner, network, bar)
+                    ct[(..., *times(box, f))] = self._summary(samples).to(ct)
+            return ct
+
+        return shrinking(decode, self._tile_voxels(z.device), LEAST_TILE, "voxels")
 
     @staticmethod
-    def _predict_windows(stack: Tensor, network: Synthesizer, t: int) -> Tensor:
-        """Windows of (z, z_mr, output that stands for air, body): the network where there is body, else air."""
-        c = network.autoencoder.latent_channels
-        z, z_mr, output, body = stack.split([c, c, c, 1], dim=1)
-        inside = body.flatten(1).any(dim=1)
-        output = output.clone()
-        if inside.any():
-            output[inside] = network.predict(z[inside], t, z_mr[inside]).to(output.dtype)
-        return output
+    def _decoded(z: Tensor, wide: Box, inner: Box, network: Synthesizer, bar: tqdm) -> Iterator[Tensor]:
+        inner = times(inner, network.autoencoder.downsampling)
+        for sample in z.split(1):
+            yield network.decode(sample[(..., *wide)])[(..., *inner)]
+            bar.update()
 
-    @staticmethod
-    def _tiled(x: Tensor, predictor: Callable[[Tensor], Tensor], tile_size: list[int]) -> Tensor:
-        tile = [min(t, size) for t, size in zip(tile_size, x.shape[2:])]
-        if list(x.shape[2:]) == tile:
-            return predictor(x)
-        return sliding_window_inference(x, tile, 1, predictor, overlap=0.25, mode="gaussian", sigma_scale=0.25)
+    # each window on its own
 
     def _windows(
-        self, mr: Tensor, body: Tensor, network: Synthesizer, roi_size: list[int], batch: int,
-        generators: list[torch.Generator],
-    ) -> Tensor:  # fmt: skip
+        self, mr: Tensor, body: Tensor, network: Synthesizer, roi_size: list[int], generators: list[torch.Generator]
+    ) -> Tensor:
         def synthesize(stack: Tensor) -> Tensor:
             image, mask = stack.split(1, dim=1)
             inside = mask.flatten(1).any(dim=1)
@@ -191,12 +227,55 @@ class LatentSamplingInferer(Inferer):
             z_mr = network.encode(image[inside], "MR")
             # every sample has a generator, so that its noise does not depend on the window batch
             noise = torch.cat([torch.randn(z_mr.shape, generator=generator) for generator in generators]).to(z_mr)
-            z_mr = z_mr.repeat(len(generators), 1, 1, 1, 1)
-            z = network.schedule.sample(lambda z, t: network.predict(z, t, z_mr), noise, self.num_inference_steps)
+            with self._autocast(z_mr.device):
+                condition = network.denoiser.condition(z_mr.repeat(len(generators), 1, 1, 1, 1))
+                z = network.schedule.sample(
+                    lambda z, t: network.predict(z, t, condition), noise, self.num_inference_steps
+                )
             ct[inside] = self._summary(network.decode(s) for s in z.chunk(len(generators))).to(ct.dtype)
             return ct
 
-        stack = torch.cat([mr, body], dim=1)
         return sliding_window_inference(
-            stack, roi_size, batch, synthesize, self.overlap, mode="gaussian", progress=self.progress
-        )
+            torch.cat([mr, body], dim=1), roi_size, self._batch(network, roi_size), synthesize, self.overlap,
+            mode="gaussian", progress=self.progress, sw_device=network.device, device=mr.device,
+        )  # fmt: skip
+
+
+class Denoising:
+    """The denoiser's output on whole latents (K, c, d, h, w), computed in windows and blended.
+
+    Args:
+        z_mr: (1, c, d, h, w).
+        windows: that hold body; the others stand for air.
+        keep: what depends on ``z_mr`` only, for the steps to come.
+    """
+
+    def __init__(self, network: Synthesizer, z_mr: Tensor, windows: Windows, keep: bool) -> None:
+        self.network, self.z_mr, self.windows, self.keep = network, z_mr, windows, keep
+        self.air = network.air_latent()
+        self.conditions: dict[int, Sequence[Tensor]] = {}
+
+    def __call__(self, z: Tensor, t: int, batch: int, bar: tqdm) -> Tensor:
+        """The output at timestep ``t``, ``batch`` windows at once."""
+        boxes, shares = self.windows.boxes, self.windows.shares
+        output = self.windows.rest * self.network.schedule.output_for(self.air, z, t)
+        jobs = [(window, sample) for window in range(len(boxes)) for sample in range(len(z))]
+        for start in range(0, len(jobs), batch):
+            part = jobs[start : start + batch]
+            noisy = torch.stack([z[(sample, ..., *boxes[window])] for window, sample in part])
+            answers = self.network.predict(noisy, t, self._condition([window for window, _ in part]))
+            for (window, sample), answer in zip(part, answers):
+                output[(sample, ..., *boxes[window])] += shares[window] * answer
+            bar.update(len(part))
+        return output
+
+    def _condition(self, names: Sequence[int]) -> list[Tensor]:
+        """The conditions of the windows ``names`` as one batch."""
+        if not self.keep:
+            self.conditions = {name: self.conditions[name] for name in names if name in self.conditions}
+        new = [name for name in dict.fromkeys(names) if name not in self.conditions]
+        if new:
+            stack = torch.cat([self.z_mr[(..., *self.windows.boxes[name])] for name in new])
+            condition = self.network.denoiser.condition(stack)
+            self.conditions.update(zip(new, zip(*(tensor.split(1) for tensor in condition))))
+        return [torch.cat(tensors) for tensors in zip(*(self.conditions[name] for name in names))]

@@ -1,15 +1,28 @@
-"""How much memory there is for a batch of windows."""
+"""How much memory there is, and what to do when there is less than was hoped for."""
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import psutil
 import pynvml
 import torch
+
+from custom_modules.volumes import InputError
+
+logger = logging.getLogger(__name__)
 
 # Activations of a window at the denoiser's peak, in copies of the features of its finest scale in single precision: a
 # cautious count of a residual block, its skip and the attention, not yet measured on a GPU.
 COPIES = 16
 CPU_BATCH = 4
 LARGEST_BATCH = 32
+GIB = 2**30
+
+Answer = TypeVar("Answer")
 
 
 def free_gpu_memory(device: torch.device) -> int:
@@ -25,10 +38,50 @@ def free_gpu_memory(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
 
 
-def window_batch(device: torch.device, latent_voxels: int, channels: int) -> int:
-    """Windows of ``latent_voxels`` that are denoised at once: a fixed few on CPU, on CUDA what fits in half of the
+def free_memory(device: torch.device, limit: float | None = None) -> int:
+    """Bytes that may still be taken on ``device``: what is free there, and no more than is left of ``limit``.
+
+    Args:
+        limit: GiB that this process may hold in all, on CPU of main memory, on CUDA of the device's.
+    """
+    if device.type == "cuda":
+        free, held = free_gpu_memory(device), torch.cuda.memory_reserved(device)
+        free += held - torch.cuda.memory_allocated(device)  # reserved by PyTorch, and not in use
+    else:
+        free, held = psutil.virtual_memory().available, psutil.Process(os.getpid()).memory_info().rss
+    return int(free if limit is None else min(free, limit * GIB - held))
+
+
+def window_batch(device: torch.device, latent_voxels: int, channels: int, limit: float | None = None) -> int:
+    """Windows of ``latent_voxels`` that are denoised at once: on CPU a fixed few, on CUDA as many as fit in half of the
     free memory."""
     if device.type != "cuda":
         return CPU_BATCH
     window = latent_voxels * channels * COPIES * torch.float32.itemsize
-    return max(1, min(LARGEST_BATCH, free_gpu_memory(device) // 2 // window))
+    return max(1, min(LARGEST_BATCH, free_memory(device, limit) // 2 // window))
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed, on CUDA or on CPU (which has no exception of its own for it)."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def shrinking(work: Callable[[int], Answer], amount: int, least: int, unit: str) -> Answer:
+    """``work(amount)``; each time memory runs out, again with half of ``amount``, and the log says so.
+
+    Raises:
+        InputError: when ``least``, or an ``amount`` below it, is too much as well.
+    """
+    while True:
+        try:
+            return work(amount)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # outside of the handler, whose traceback would hold on to the tensors
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if amount <= least:
+            raise InputError(f"out of memory even with {amount} {unit} at once; free some, or take another --device")
+        amount = max(amount // 2, least)
+        logger.warning("out of memory: going on with %d %s at once", amount, unit)

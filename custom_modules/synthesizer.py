@@ -49,6 +49,10 @@ class Synthesizer(nn.Module):
         """Image voxels that one voxel of the denoiser's coarsest scale covers, along each axis."""
         return self.autoencoder.downsampling * self.denoiser.downsampling
 
+    @property
+    def device(self) -> torch.device:
+        return self.latent_mean.device
+
     def _scale(self, modality: str) -> tuple[Tensor, Tensor]:
         row = MODALITIES.index(modality)
         return self.latent_mean[row].view(1, -1, 1, 1, 1), self.latent_std[row].view(1, -1, 1, 1, 1)
@@ -83,10 +87,11 @@ class Synthesizer(nn.Module):
         low, high = self.hu_window.tolist()
         return (ct + 1) / 2 * (high - low) + low
 
-    def predict(self, z: Tensor, t: int, z_mr: Tensor) -> Tensor:
-        """The denoiser's output for the noisy CT latent ``z`` at timestep ``t`` under the condition ``z_mr``."""
+    def predict(self, z: Tensor, t: int, condition: Sequence[Tensor]) -> Tensor:
+        """The denoiser's output for the noisy CT latent ``z`` at timestep ``t``, under the ``condition`` that
+        :meth:`~custom_modules.denoiser.LatentDenoiser.condition` makes of Z_MR."""
         timesteps = torch.full((len(z),), t, device=z.device)
-        return self.denoiser(torch.cat([z, z_mr], dim=1), timesteps)
+        return self.denoiser.denoise(z, timesteps, condition)
 
     def air_latent(self) -> Tensor:
         """The normalised CT latent of air, (1, c, 1, 1, 1)."""
@@ -103,5 +108,6 @@ class Synthesizer(nn.Module):
         """
         z_mr = self.encode(mr, "MR")
         z = torch.zeros_like(z_mr) if noise is None else noise
-        z = self.schedule.sample(lambda z, t: self.predict(z, t, z_mr), z, self.num_inference_steps)
+        condition = self.denoiser.condition(z_mr)
+        z = self.schedule.sample(lambda z, t: self.predict(z, t, condition), z, self.num_inference_steps)
         return self.decode(z)

@@ -23,6 +23,9 @@ def _haar_matrix(reference: Tensor) -> Tensor:
 
 def _haar_forward(x: Tensor) -> Tensor:
     n, c, d, h, w = x.shape
+    if c == 1 and x.device.type == "cpu":  # an image: 3 to 7 times the product's speed; on CUDA it would round to TF32
+        kernel = _haar_matrix(x).view(BANDS, 1, 2, 2, 2).contiguous(memory_format=torch.channels_last_3d)
+        return F.conv3d(x, kernel, stride=2)
     blocks = x.permute(0, 2, 3, 4, 1).reshape(n, d // 2, 2, h // 2, 2, w // 2, 2, c)
     blocks = blocks.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, BANDS, c)
     bands = torch.matmul(_haar_matrix(x), blocks)
@@ -32,7 +35,11 @@ def _haar_forward(x: Tensor) -> Tensor:
 def _haar_inverse(bands: Tensor) -> Tensor:
     n, c, d, h, w = bands.shape
     c //= BANDS
-    blocks = torch.matmul(_haar_matrix(bands).T, bands.permute(0, 2, 3, 4, 1).reshape(-1, BANDS, c))
+    bands = bands.permute(0, 2, 3, 4, 1)
+    if c == 1:  # one product for all blocks; a batch of products with a vector is several times slower
+        blocks = bands.reshape(-1, BANDS) @ _haar_matrix(bands)  # the matrix is symmetric
+    else:
+        blocks = torch.matmul(_haar_matrix(bands).T, bands.reshape(-1, BANDS, c))
     blocks = blocks.reshape(n, d, h, w, 2, 2, 2, c).permute(0, 1, 4, 2, 5, 3, 6, 7)
     return blocks.reshape(n, 2 * d, 2 * h, 2 * w, c).permute(0, 4, 1, 2, 3)
 

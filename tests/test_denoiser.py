@@ -46,11 +46,10 @@ def test_size_that_does_not_divide_is_refused(size):
 
 
 def test_every_scale_has_its_attention_of_the_width_of_the_scale():
-    network = tiny(channels=(8, 16, 24), attention_channels=4, max_tokens=7)
+    network = tiny(channels=(8, 16, 24), attention_channels=4)
     modules = [m for m in network.modules() if isinstance(m, DualSkipConnectionAttention)]
     assert [m.structure_emphasis.out.out_channels for m in modules] == [8, 16, 24]
     assert [m.modality_filtering.query.out_channels for m in modules] == [4, 4, 4]
-    assert [m.max_tokens for m in modules] == [7, 7, 7]
 
 
 def test_without_dsca_no_attention_is_left():
@@ -104,6 +103,39 @@ def test_samples_of_a_batch_have_their_own_timestep_and_nothing_in_common():
     early, late = network(x, times(10)), network(x, times(900))
     torch.testing.assert_close(together[:2], torch.cat([early, late]), atol=1e-5, rtol=1e-4)
     assert (early - late).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_the_condition_is_all_that_the_mr_latent_has_to_say():
+    network = wake(tiny())
+    z, z_mr = torch.randn(2, 2, 4, 8, 4, 4)
+    condition = network.condition(z_mr)
+    assert all(len(tensor) == 2 for tensor in condition)
+    for t in (10, 900):
+        expected = network(torch.cat([z, z_mr], dim=1), times(t, t))
+        torch.testing.assert_close(network.denoise(z, times(t, t), condition), expected)
+    halves = [torch.cat(pair) for pair in zip(network.condition(z_mr[:1]), network.condition(z_mr[1:]))]
+    torch.testing.assert_close(network.denoise(z, times(10, 10), halves), network.denoise(z, times(10, 10), condition))
+
+
+@torch.no_grad()
+def test_the_first_convolution_is_that_of_both_latents_at_once():
+    network = tiny()
+    z, z_mr = torch.randn(2, 1, 4, 8, 4, 4)
+    weight = network.conv_in.weight[:, : network.latent_channels]
+    halves = nn.functional.conv3d(z, weight, padding=1) + network.condition(z_mr)[0]
+    torch.testing.assert_close(halves, network.conv_in(torch.cat([z, z_mr], dim=1)), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_latent_is_pooled_to_its_limit():
+    full, pooled = wake(tiny(max_tokens=64)), tiny(max_tokens=8).eval()
+    pooled.load_state_dict(full.state_dict())
+    z_mr = torch.randn(1, 4, 4, 4, 4)
+    means = z_mr.unflatten(4, (2, 2)).unflatten(3, (2, 2)).unflatten(2, (2, 2)).mean(dim=(3, 5, 7))
+    for actual, expected in zip(pooled.condition(z_mr)[1:], full.condition(means)[1:]):
+        torch.testing.assert_close(actual, expected)
+    assert pooled.condition(z_mr)[1].shape[1] == 8 and full.condition(z_mr)[1].shape[1] == 64
 
 
 def test_context_of_monai_inferers_is_ignored():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from custom_modules import memory
+from custom_modules.volumes import InputError
 
 
 def test_cpu_takes_a_fixed_batch():
@@ -15,10 +16,39 @@ def test_cpu_takes_a_fixed_batch():
 @pytest.mark.parametrize("free, expected", [(0, 1), (2**24, 2), (2**40, memory.LARGEST_BATCH)])
 def test_cuda_batch_fits_in_half_of_the_free_memory(monkeypatch, free, expected):
     monkeypatch.setattr(memory, "free_gpu_memory", lambda device: free)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     batch = memory.window_batch(torch.device("cuda"), 4096, 16)
     assert batch == expected
     if 1 < batch < memory.LARGEST_BATCH:
         assert batch * 4096 * 16 * memory.COPIES * 4 <= free / 2
+
+
+def test_a_limit_counts_what_the_process_holds_already():
+    cpu = torch.device("cpu")
+    held = memory.psutil.Process().memory_info().rss
+    assert abs(memory.free_memory(cpu, limit=(held + 2**26) / 2**30) - 2**26) < 2**25
+    assert memory.free_memory(cpu, limit=held / 2**31) < 0
+    assert 0 < memory.free_memory(cpu) <= memory.psutil.virtual_memory().total
+
+
+def test_memory_that_runs_out_halves_the_work_down_to_the_least():
+    tried = []
+
+    def work(amount):
+        tried.append(amount)
+        if amount > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return amount
+
+    assert memory.shrinking(work, 16, 3, "windows") == 3 and tried == [16, 8, 4, 3]
+    with pytest.raises(InputError, match="even with 5 windows"):
+        memory.shrinking(work, 16, 5, "windows")
+
+
+def test_the_allocator_of_the_cpu_is_understood():
+    with pytest.raises(InputError, match="out of memory"):
+        memory.shrinking(lambda amount: torch.empty(2**60), 1, 1, "windows")
 
 
 def test_without_nvml_the_cuda_runtime_is_asked(monkeypatch):
