@@ -419,6 +419,18 @@ def test_a_known_bias_field_is_found_and_the_median_stays():
 # registration
 
 
+@pytest.fixture
+def quick_maps(tmp_path: Path) -> str:
+    """The parameter maps with few iterations."""
+    for path in PARAMETERS.iterdir():
+        text = path.read_text()
+        number = text.split("(MaximumNumberOfIterations ")[1].split(")")[0]
+        (tmp_path / "maps").mkdir(exist_ok=True)
+        text = text.replace(f"(MaximumNumberOfIterations {number})", "(MaximumNumberOfIterations 10)")
+        (tmp_path / "maps" / path.name).write_text(text)
+    return str(tmp_path / "maps")
+
+
 def rotation(degrees: float, shift: tuple[float, float, float]) -> np.ndarray:
     """A rigid motion about the z axis, RAS mm."""
     matrix = np.eye(4)
@@ -489,6 +501,15 @@ def test_body_dice_is_one_in_place_and_falls_with_a_shift(person):
     assert body_dice(mr, np.roll(ct, 3, axis=0), everywhere) < in_place - 0.05
 
 
+def test_metal_does_not_steer_the_registration_and_stays_in_the_ct(person, quick_maps):
+    mr, ct, body = person
+    inside, metal = np.asarray(body[0]) > 0, np.asarray(ct[0]).copy()
+    metal[metal > 600] = 30000
+    found = [register(mr, like(hu, ct), inside, "rigid", quick_maps)["rigid"] for hu in (np.asarray(ct[0]), metal)]
+    moves = [dict(one.transform.GetParameterMap(0))["TransformParameters"] for one in found]
+    assert (metal > 600).any() and moves[0] == moves[1] and found[1].ct.max() > 10000
+
+
 def test_a_registration_that_lowers_mutual_information_is_not_taken():
     values = {"none": 0.5, "rigid": 0.6, "bspline": 0.55}
     assert choose({stage: {"mutual_information": value, "dice": 1.0} for stage, value in values.items()}) == "rigid"
@@ -550,18 +571,6 @@ def test_a_known_warp_is_at_least_halved_without_folding():
 
 
 # the command
-
-
-@pytest.fixture
-def quick_maps(tmp_path: Path) -> str:
-    """The parameter maps with few iterations."""
-    for path in PARAMETERS.iterdir():
-        text = path.read_text()
-        number = text.split("(MaximumNumberOfIterations ")[1].split(")")[0]
-        (tmp_path / "maps").mkdir(exist_ok=True)
-        text = text.replace(f"(MaximumNumberOfIterations {number})", "(MaximumNumberOfIterations 10)")
-        (tmp_path / "maps" / path.name).write_text(text)
-    return str(tmp_path / "maps")
 
 
 def test_pairs_come_out_on_one_grid_as_int16_with_datalist_and_report(inbox, tmp_path, capsys):
