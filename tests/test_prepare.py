@@ -94,16 +94,19 @@ def test_synthrad_folders_are_found_at_any_depth_with_their_regions(tmp_path, pe
     assert len({p.name for p in find_patients(tmp_path)}) == 4
 
 
-def save_synthrad(folder: Path, person: tuple) -> Path:
+def save_synthrad(folder: Path, person: tuple, extension: str = ".mha") -> Path:
     folder.mkdir(parents=True)
     for name, volume, kind in zip(("mr", "ct", "mask"), person, (np.float32, np.float32, np.uint8)):
         image = metatensor_to_itk_image(volume, dtype=kind)
-        itk.imwrite(image, str(folder / f"{name}.mha"))
+        itk.imwrite(image, str(folder / f"{name}{extension}"))
     return folder
 
 
-def test_a_synthrad_pair_keeps_its_mask_and_an_unregistered_pair_has_none(tmp_path, person):
-    volumes, _ = load_patient(patient(save_synthrad(tmp_path / "1BA001", person)))
+@pytest.mark.parametrize("extension", [".mha", ".nii.gz"])  # 2025, 2023
+def test_a_synthrad_pair_keeps_its_mask_and_an_unregistered_pair_has_none(tmp_path, person, extension):
+    save_synthrad(tmp_path / "Task1" / "brain" / "1BA001", person, extension)
+    (found,) = find_patients(tmp_path)
+    volumes, _ = load_patient(found)
     np.testing.assert_array_equal(np.asarray(volumes["mask"]), np.asarray(person[2]))
     moved = np.diag([1.0, 1, 1, 1])
     moved[0, 3] = 9.0
