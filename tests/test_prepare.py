@@ -645,11 +645,20 @@ def test_bad_patients_are_named_the_others_go_on_and_the_exit_is_an_error(inbox,
     away = rotation(0, (3000.0, 0, 0))
     save_patient(inbox / "emil", person, move=away)
     (inbox / "finn").symlink_to(tmp_path / "elsewhere")
+    for name, kinds in (("gina", ("MR", "CT")), ("hugo", ("MR", "CT")), ("ida", ("MR", "CT")), ("jon", ("MR", "PT"))):
+        for kind in kinds:
+            slices = 1 if name == "hugo" and kind == "MR" else 8
+            save_dicom(inbox / name / kind, kind, slices, PatientID=kind if name == "gina" else name)
+    truncate(inbox / "ida" / "MR", 0.97)
     command = [sys.executable, "-m", "bundle", "prepare", str(inbox), str(tmp_path / "out"), "--workers", "2"]
     command += [text for name, value in QUICK.items() for text in (f"--{name}", str(value))]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 1 and "3 of 6 patients failed" in result.stderr and "Traceback" not in result.stderr
-    for name, reason in (("dora", "no CT"), ("emil", "do not overlap"), ("finn", "link")):
+    assert result.returncode == 1 and "7 of 10 patients failed" in result.stderr and "Traceback" not in result.stderr
+    reasons = {
+        "dora": "no CT", "emil": "do not overlap", "finn": "link", "gina": "2 patients", "hugo": "one slice",
+        "ida": "truncated", "jon": "no CT; found PT series",
+    }  # fmt: skip
+    for name, reason in reasons.items():
         (line,) = [line for line in result.stderr.splitlines() if line.startswith("  ") and name in line]
         assert reason in line
     content = json.loads((tmp_path / "out" / "datalist.json").read_text())
