@@ -2,7 +2,7 @@
 
     python benchmarks/prepare.py pairs DIR OUT [--splits validation,misaligned] [--ct ct_raw] [--workers 2]
     python benchmarks/prepare.py cost OUT [--shape 250,250,400]
-    python benchmarks/prepare.py scaling DIR [--workers 1,2]
+    python benchmarks/prepare.py scaling DIR [--workers 1,2] [--patients 4]
 
 ``pairs`` reads ``DIR/datalist.json`` and registers the CT named by ``--ct`` beside each MR (the datalist's own where
 there is none of that name). The error of the training patients' lookup from MR to HU is taken on the MR's own grid, for
@@ -144,11 +144,11 @@ def cost(output: str, shape: tuple[int, int, int] = (250, 250, 400), spacing: fl
     )
 
 
-def scaling(dataset_dir: str, workers: tuple[int, ...] = (1, 2)) -> None:
-    """Wall time of ``python -m bundle prepare`` on six limbs as scanned, by the number of workers."""
+def scaling(dataset_dir: str, workers: tuple[int, ...] = (1, 2), patients: int = 4) -> None:
+    """Wall time of ``python -m bundle prepare`` on limbs as scanned, by the number of workers."""
     found = load_pairs(Path(dataset_dir) / "datalist.json", dataset_dir, ["validation", "misaligned"])
     with tempfile.TemporaryDirectory() as root:
-        for pair in (pair for group in found.values() for pair in group):
+        for pair in [pair for group in found.values() for pair in group][:patients]:
             folder = Path(root, "in", pair["patient"])
             folder.mkdir(parents=True)
             shutil.copy(pair["image"], folder / "mr.nii.gz")
