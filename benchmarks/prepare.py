@@ -1,6 +1,6 @@
 """What ``prepare`` does to real pairs: alignment before and after, against a given registration; time and memory.
 
-    python benchmarks/prepare.py pairs DIR OUT [--splits validation,misaligned] [--ct ct_raw] [--workers 2]
+    python benchmarks/prepare.py pairs DIR OUT [--splits validation,misaligned] [--ct ct_raw] [--parameters MAPS]
     python benchmarks/prepare.py cost OUT [--shape 250,250,400]
     python benchmarks/prepare.py scaling DIR [--workers 1,2] [--patients 4]
 
@@ -39,7 +39,7 @@ from bundle.phantom import whole_body_phantom  # noqa: E402
 from bundle.prepare import Settings, choose, clean, prepare_patient, write_text  # noqa: E402
 from bundle.patients import Patient  # noqa: E402
 from bundle.prepare_report import overlay  # noqa: E402
-from bundle.registration import measure, measure_motion, on_grid, register  # noqa: E402
+from bundle.registration import PARAMETERS, measure, measure_motion, on_grid, register  # noqa: E402
 from custom_modules.evaluation import _lookup_index, fit_lookup  # noqa: E402
 from custom_modules.metrics import ct_body_mask  # noqa: E402
 from custom_modules.pairs import load_pairs  # noqa: E402
@@ -59,7 +59,9 @@ def lookup_error(mr: MetaTensor, ct: MetaTensor, lookup: np.ndarray) -> float:
     return float(np.abs(lookup[_lookup_index(image)] - hu)[mask].mean())
 
 
-def measure_pair(pair: dict[str, str], scan: Path, lookup: np.ndarray, out: Path) -> dict[str, Any]:
+def measure_pair(
+    pair: dict[str, str], scan: Path, lookup: np.ndarray, out: Path, parameters: str | Path = PARAMETERS
+) -> dict[str, Any]:
     torch.set_num_threads(1)
     itk.MultiThreaderBase.SetGlobalDefaultNumberOfThreads(1)
     started, cpu = time.perf_counter(), time.process_time()
@@ -68,7 +70,7 @@ def measure_pair(pair: dict[str, str], scan: Path, lookup: np.ndarray, out: Path
     data = clean({"image": mr, "label": read_volume(scan)}, None, Settings(), [])
     ct = data["label"] = RemoveCouchd("label")(data)["label"]
     body = np.asarray(data["body"][0]) > 0.5
-    alignments = register(data["image"], ct, body)
+    alignments = register(data["image"], ct, body, parameters=parameters)
     measures = measure(alignments, data["image"], body)
     stage = choose(measures)
     row: dict[str, Any] = {"patient": pair["patient"], "stage": stage, "measures": measures}
@@ -86,8 +88,9 @@ def measure_pair(pair: dict[str, str], scan: Path, lookup: np.ndarray, out: Path
 
 
 def pairs(
-    dataset_dir: str, output: str, splits: str | tuple = "validation", ct: str = "ct_raw", workers: int = 1
-) -> None:
+    dataset_dir: str, output: str, splits: str | tuple = "validation", ct: str = "ct_raw",
+    parameters: str | Path = PARAMETERS, workers: int = 1,
+) -> None:  # fmt: skip
     names = splits.split(",") if isinstance(splits, str) else list(splits)
     out = Path(output)
     out.mkdir(parents=True, exist_ok=True)
@@ -100,7 +103,7 @@ def pairs(
         for pair in (pair for name in names for pair in found[name]):
             target = out / f"{pair['patient']}.json"
             if not target.is_file():
-                jobs[pool.submit(measure_pair, pair, scan_of(pair, ct), lookup, out)] = target
+                jobs[pool.submit(measure_pair, pair, scan_of(pair, ct), lookup, out, parameters)] = target
         for job, target in tqdm(jobs.items(), unit="patient"):
             write_text(target, json.dumps(job.result(), indent=2))
     show([json.loads((out / f"{pair['patient']}.json").read_text()) for name in names for pair in found[name]])
