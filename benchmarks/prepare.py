@@ -1,19 +1,23 @@
 """What ``prepare`` does to real pairs: alignment before and after, against a given registration; time and memory.
 
-    python benchmarks/prepare.py pairs DIR OUT [--splits validation,misaligned] [--ct ct_raw] [--workers 2]
-    python benchmarks/prepare.py cost [--shape 250,250,400]
+    python benchmarks/prepare.py pairs DIR OUT [--splits validation,misaligned] [--ct ct_raw] [--parameters MAPS]
+    python benchmarks/prepare.py cost OUT [--shape 250,250,400]
+    python benchmarks/prepare.py scaling DIR [--workers 1,2] [--patients 4]
 
 ``pairs`` reads ``DIR/datalist.json`` and registers the CT named by ``--ct`` beside each MR (the datalist's own where
 there is none of that name). The error of the training patients' lookup from MR to HU is taken on the MR's own grid, for
 the CT as scanned, as prepared, and as the datalist gives it; an overlay of the three goes to OUT. Results are kept by
-patient in OUT and not measured twice.
+patient in OUT and not measured twice. ``scaling`` times the command on the limbs of validation and ``misaligned``.
 """
 
 from __future__ import annotations
 
 import json
 import resource
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -28,17 +32,24 @@ from monai.data import MetaTensor
 from monai.transforms import Orientation, ResampleToMatch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 from bundle.cleaning import RemoveCouchd  # noqa: E402
 from bundle.phantom import whole_body_phantom  # noqa: E402
 from bundle.prepare import Settings, choose, clean, prepare_patient, write_text  # noqa: E402
 from bundle.patients import Patient  # noqa: E402
 from bundle.prepare_report import overlay  # noqa: E402
-from bundle.registration import measure, measure_motion, on_grid, register  # noqa: E402
+from bundle.registration import PARAMETERS, measure, measure_motion, on_grid, register  # noqa: E402
 from custom_modules.evaluation import _lookup_index, fit_lookup  # noqa: E402
 from custom_modules.metrics import ct_body_mask  # noqa: E402
 from custom_modules.pairs import load_pairs  # noqa: E402
 from custom_modules.volumes import read_volume, write_volume  # noqa: E402
+
+
+def scan_of(pair: dict[str, str], ct: str = "ct_raw") -> Path:
+    """The CT named ``ct`` beside the MR, the datalist's own where there is none."""
+    scan = Path(pair["image"]).with_name(f"{ct}.nii.gz")
+    return scan if scan.is_file() else Path(pair["label"])
 
 
 def lookup_error(mr: MetaTensor, ct: MetaTensor, lookup: np.ndarray) -> float:
@@ -48,7 +59,9 @@ def lookup_error(mr: MetaTensor, ct: MetaTensor, lookup: np.ndarray) -> float:
     return float(np.abs(lookup[_lookup_index(image)] - hu)[mask].mean())
 
 
-def measure_pair(pair: dict[str, str], scan: Path, lookup: np.ndarray, out: Path) -> dict[str, Any]:
+def measure_pair(
+    pair: dict[str, str], scan: Path, lookup: np.ndarray, out: Path, parameters: str | Path = PARAMETERS
+) -> dict[str, Any]:
     torch.set_num_threads(1)
     itk.MultiThreaderBase.SetGlobalDefaultNumberOfThreads(1)
     started, cpu = time.perf_counter(), time.process_time()
@@ -57,7 +70,7 @@ def measure_pair(pair: dict[str, str], scan: Path, lookup: np.ndarray, out: Path
     data = clean({"image": mr, "label": read_volume(scan)}, None, Settings(), [])
     ct = data["label"] = RemoveCouchd("label")(data)["label"]
     body = np.asarray(data["body"][0]) > 0.5
-    alignments = register(data["image"], ct, body)
+    alignments = register(data["image"], ct, body, parameters=parameters)
     measures = measure(alignments, data["image"], body)
     stage = choose(measures)
     row: dict[str, Any] = {"patient": pair["patient"], "stage": stage, "measures": measures}
@@ -75,8 +88,9 @@ def measure_pair(pair: dict[str, str], scan: Path, lookup: np.ndarray, out: Path
 
 
 def pairs(
-    dataset_dir: str, output: str, splits: str | tuple = "validation", ct: str = "ct_raw", workers: int = 1
-) -> None:
+    dataset_dir: str, output: str, splits: str | tuple = "validation", ct: str = "ct_raw",
+    parameters: str | Path = PARAMETERS, workers: int = 1,
+) -> None:  # fmt: skip
     names = splits.split(",") if isinstance(splits, str) else list(splits)
     out = Path(output)
     out.mkdir(parents=True, exist_ok=True)
@@ -87,11 +101,9 @@ def pairs(
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         jobs = {}
         for pair in (pair for name in names for pair in found[name]):
-            scan = Path(pair["image"]).with_name(f"{ct}.nii.gz")
             target = out / f"{pair['patient']}.json"
             if not target.is_file():
-                scan = scan if scan.is_file() else Path(pair["label"])
-                jobs[pool.submit(measure_pair, pair, scan, lookup, out)] = target
+                jobs[pool.submit(measure_pair, pair, scan_of(pair, ct), lookup, out, parameters)] = target
         for job, target in tqdm(jobs.items(), unit="patient"):
             write_text(target, json.dumps(job.result(), indent=2))
     show([json.loads((out / f"{pair['patient']}.json").read_text()) for name in names for pair in found[name]])
@@ -135,5 +147,21 @@ def cost(output: str, shape: tuple[int, int, int] = (250, 250, 400), spacing: fl
     )
 
 
+def scaling(dataset_dir: str, workers: tuple[int, ...] = (1, 2), patients: int = 4) -> None:
+    """Wall time of ``python -m bundle prepare`` on limbs as scanned, by the number of workers."""
+    found = load_pairs(Path(dataset_dir) / "datalist.json", dataset_dir, ["validation", "misaligned"])
+    with tempfile.TemporaryDirectory() as root:
+        for pair in [pair for group in found.values() for pair in group][:patients]:
+            folder = Path(root, "in", pair["patient"])
+            folder.mkdir(parents=True)
+            shutil.copy(pair["image"], folder / "mr.nii.gz")
+            shutil.copy(scan_of(pair), folder / "ct.nii.gz")
+        for number in np.atleast_1d(workers):
+            command = [sys.executable, "-m", "bundle", "prepare", f"{root}/in", f"{root}/{number}"]
+            started = time.perf_counter()
+            subprocess.run([*command, "--workers", str(number)], cwd=ROOT, check=True)
+            print(f"{number} workers: {time.perf_counter() - started:.1f} s", flush=True)
+
+
 if __name__ == "__main__":
-    fire.Fire({"pairs": pairs, "cost": cost})
+    fire.Fire({"pairs": pairs, "cost": cost, "scaling": scaling})

@@ -22,6 +22,7 @@ from custom_modules.pairs import load_pairs
 from custom_modules.volumes import EXTENSIONS, InputError, check_volume, read_volume
 
 SPLITS = ("training", "validation", "test")
+MASKS = ("mask.mha", "mask.nii.gz")  # of SynthRAD2025 and 2023
 TILT = 0.5  # degrees between the slices' normal and the line through their origins
 UNEVEN = 0.1  # of the slice spacing
 FEWEST_VALUES = 32  # of an image; a mask or a label map has fewer
@@ -78,8 +79,8 @@ class Source:
 
     def matches(self, pattern: str, folder: Path) -> bool:
         """Whether its path below ``folder``, its name or its series description is ``pattern``'s (as a shell's)."""
-        names = [str(self.path.relative_to(folder)), self.path.name]
-        names += [str(self.slices[0][1].get("SeriesDescription", ""))] if self.slices else []
+        description = [str(one.get("SeriesDescription", "")) for _, one in self.slices[:1]]
+        names = [str(self.path.relative_to(folder)), self.path.name, *description]
         return any(fnmatch(name, pattern) for name in names)
 
 
@@ -101,7 +102,7 @@ def itk_size(path: Path) -> tuple[int, ...]:
 
 def find_patients(path: str | Path) -> list[Patient]:
     """The patients of a MONAI datalist (a file, or ``datalist.json`` in a folder), of SynthRAD's folders
-    (``Task1/<region>/<patient>/{mr,ct,mask}.mha``), or a folder of patient folders.
+    (``Task1/<region>/<patient>/{mr,ct,mask}.mha`` or ``.nii.gz``), or a folder of patient folders.
 
     Raises:
         InputError: when there are none.
@@ -112,12 +113,11 @@ def find_patients(path: str | Path) -> list[Patient]:
     datalist = root if root.is_file() else root / "datalist.json"
     if datalist.is_file():
         return _datalist_patients(datalist)
-    parents = {mask.parent.parent for mask in root.rglob("mask.mha") if mask.parent != root} or {root}
+    parents = {mask.parent.parent for name in MASKS for mask in root.rglob(name) if mask.parent != root} or {root}
     folders = sorted(folder for parent in parents for folder in parent.iterdir() if _is_patient(folder))
     if not folders:
         raise InputError(f"{root}: holds no patient folders; give a folder with one folder a patient, or a datalist")
-    names = [folder.name for folder in folders]
-    long = len(set(names)) < len(names)
+    long = len({folder.name for folder in folders}) < len(folders)
     return [
         Patient("_".join(folder.relative_to(root).parts) if long else folder.name, folder, root) for folder in folders
     ]
@@ -176,11 +176,11 @@ def load_patient(
     else:
         sources = find_sources(patient)
         volumes, notes = _choose(patient, sources, {"mr": mr, "ct": ct})
-        mask = next((s for s in sources if s.path.name == "mask.mha"), None)
-        if mask and _is_synthrad(patient, volumes):
-            volumes["mask"] = read_volume(mask.path)
-            if not all(_same_grid(volumes["mask"], volumes[kind]) for kind in ("mr", "ct")):
-                del volumes["mask"]
+        mask = next((s for s in sources if s.path.name in MASKS), None)
+        if mask and _is_synthrad(mask.path, volumes):
+            outline = read_volume(mask.path)
+            if all(_same_grid(outline, volume) for volume in volumes.values()):
+                volumes["mask"] = outline
     for kind in ("mr", "ct"):
         check_modality(volumes[kind], kind)
         _check_straight(volumes[kind])
@@ -190,12 +190,13 @@ def load_patient(
 def _check_straight(volume: MetaTensor) -> None:
     axes = (volume.affine[:3, :3] / volume.affine[:3, :3].norm(dim=0)).numpy()
     if np.abs(axes.T @ axes - np.eye(3)).max() > np.sin(np.radians(TILT)):
-        name = volume.meta["filename_or_obj"]
-        raise InputError(f"{name}: its axes are not perpendicular, as under a gantry tilt; resample it")
+        raise InputError(f"{volume.meta['filename_or_obj']}: its axes are not perpendicular (gantry tilt); resample it")
 
 
-def _is_synthrad(patient: Patient, volumes: dict[str, MetaTensor]) -> bool:
-    return all(Path(v.meta["filename_or_obj"]) == patient.folder / f"{kind}.mha" for kind, v in volumes.items())
+def _is_synthrad(mask: Path, volumes: dict[str, MetaTensor]) -> bool:
+    """Whether the volumes lie beside ``mask`` under SynthRAD's names and in its format."""
+    paths = {kind: Path(volume.meta["filename_or_obj"]) for kind, volume in volumes.items()}
+    return all(path == mask.with_name(mask.name.replace("mask", kind)) for kind, path in paths.items())
 
 
 def _same_grid(one: MetaTensor, other: MetaTensor) -> bool:
@@ -261,7 +262,7 @@ def _choose(
     notes, others = [], []
     for source in sources:
         kind = _kind(source, patient.folder, patterns)
-        if kind is None and source.modality is None and source.path.name != "mask.mha":
+        if kind is None and source.modality is None and source.path.name not in MASKS:
             try:
                 cache[source.path] = read_volume(source.path)
             except InputError as error:  # of no matter where it is neither the MR nor the CT

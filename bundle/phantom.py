@@ -51,7 +51,8 @@ def torso_phantom(
     width, depth = 160 + rng.uniform(-10, 10), 105 + rng.uniform(-10, 10)
     labels[ellipse(0, 0, width, depth) < 1] = "fat"
     labels[ellipse(0, 0, width - 18, depth - 18) < 1] = "muscle"
-    rib = (ellipse(0, 0, width - 26, depth - 24) < 1) & (ellipse(0, 0, width - 34, depth - 32) > 1) & (z % 24 < 9) & (z > -40)
+    wall = (ellipse(0, 0, width - 26, depth - 24) < 1) & (ellipse(0, 0, width - 34, depth - 32) > 1)
+    rib = wall & (z % 24 < 9) & (z > -40)
     labels[rib] = "bone"
     for side in (-1, 1):
         lung = ellipse(side * 68, 8, 44, 58) + ((z - 60) / 95) ** 2

@@ -24,10 +24,13 @@ from custom_modules.volumes import AIR_HU, InputError
 PARAMETERS = Path(__file__).parent / "elastix"
 STAGES = ("none", "rigid", "bspline")
 UNCOVERED = -32768.0  # DefaultPixelValue of the parameter maps
-SURROUND = 12.0  # mm of air around the body that the registration and its measures see
+SURROUND = 12.0  # mm of air around the body that the measures of an alignment see
 LEAST_OVERLAP = 0.1  # of the MR's body that the CT must cover
 NO_OVERLAP = "MR and CT do not overlap: the CT covers {:.0%} of the MR's body in scanner coordinates"
 BINS = 64
+SEEN_AIR = 4.0  # mm around the body that the metric samples: enough for its outline, the rest of the samples in tissue
+SEEN_HU = (-300.0, 600.0)  # that the bins of the metric span, so that fat and muscle fall in separate ones
+SEEN_MR = 99.5  # percentile in the body; vessels may be much brighter than the rest
 OUTLINE = (0.25, 0.5)  # threshold and smoothing of body_mask: tight, where that for cropping is generous
 
 
@@ -73,7 +76,9 @@ def register(
     maps = STAGES[1 : STAGES.index(stage) + 1]
     if maps:
         files = [Path(parameters, f"{name}.txt") for name in maps]
-        found = _elastix(fixed, moving, _mask_image(surround(body, mr), mr), files)
+        seen = mr.clamp(max=float(np.percentile(np.asarray(mr[0])[body], SEEN_MR))), ct.clamp(*SEEN_HU)
+        pair = [metatensor_to_itk_image(volume, channel_dim=0) for volume in seen]
+        found = _elastix(*pair, _mask_image(surround(body, mr, SEEN_AIR), mr), files)
         for number, name in enumerate(maps, start=1):
             transform = itk.ParameterObject.New()
             for n in range(number):
@@ -190,9 +195,9 @@ def _mask_image(mask: np.ndarray, like: MetaTensor) -> Any:
     return metatensor_to_itk_image(MetaTensor(torch.from_numpy(mask)[None], affine=like.affine), dtype=np.uint8)
 
 
-def surround(body: np.ndarray, like: MetaTensor) -> np.ndarray:
-    """``body`` widened by 12 mm, so that its outline counts too."""
-    return ndimage.distance_transform_edt(~body, sampling=np.asarray(like.pixdim)) <= SURROUND
+def surround(body: np.ndarray, like: MetaTensor, reach: float = SURROUND) -> np.ndarray:
+    """``body`` widened by ``reach`` mm, so that its outline counts too."""
+    return ndimage.distance_transform_edt(~body, sampling=np.asarray(like.pixdim)) <= reach
 
 
 def mutual_information(mr: np.ndarray, ct: np.ndarray, mask: np.ndarray) -> float:

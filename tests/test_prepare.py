@@ -94,16 +94,19 @@ def test_synthrad_folders_are_found_at_any_depth_with_their_regions(tmp_path, pe
     assert len({p.name for p in find_patients(tmp_path)}) == 4
 
 
-def save_synthrad(folder: Path, person: tuple) -> Path:
+def save_synthrad(folder: Path, person: tuple, extension: str = ".mha") -> Path:
     folder.mkdir(parents=True)
     for name, volume, kind in zip(("mr", "ct", "mask"), person, (np.float32, np.float32, np.uint8)):
         image = metatensor_to_itk_image(volume, dtype=kind)
-        itk.imwrite(image, str(folder / f"{name}.mha"))
+        itk.imwrite(image, str(folder / f"{name}{extension}"))
     return folder
 
 
-def test_a_synthrad_pair_keeps_its_mask_and_an_unregistered_pair_has_none(tmp_path, person):
-    volumes, _ = load_patient(patient(save_synthrad(tmp_path / "1BA001", person)))
+@pytest.mark.parametrize("extension", [".mha", ".nii.gz"])  # 2025, 2023
+def test_a_synthrad_pair_keeps_its_mask_and_an_unregistered_pair_has_none(tmp_path, person, extension):
+    save_synthrad(tmp_path / "Task1" / "brain" / "1BA001", person, extension)
+    (found,) = find_patients(tmp_path)
+    volumes, _ = load_patient(found)
     np.testing.assert_array_equal(np.asarray(volumes["mask"]), np.asarray(person[2]))
     moved = np.diag([1.0, 1, 1, 1])
     moved[0, 3] = 9.0
@@ -419,6 +422,18 @@ def test_a_known_bias_field_is_found_and_the_median_stays():
 # registration
 
 
+@pytest.fixture
+def quick_maps(tmp_path: Path) -> str:
+    """The parameter maps with few iterations."""
+    for path in PARAMETERS.iterdir():
+        text = path.read_text()
+        number = text.split("(MaximumNumberOfIterations ")[1].split(")")[0]
+        (tmp_path / "maps").mkdir(exist_ok=True)
+        text = text.replace(f"(MaximumNumberOfIterations {number})", "(MaximumNumberOfIterations 10)")
+        (tmp_path / "maps" / path.name).write_text(text)
+    return str(tmp_path / "maps")
+
+
 def rotation(degrees: float, shift: tuple[float, float, float]) -> np.ndarray:
     """A rigid motion about the z axis, RAS mm."""
     matrix = np.eye(4)
@@ -489,6 +504,15 @@ def test_body_dice_is_one_in_place_and_falls_with_a_shift(person):
     assert body_dice(mr, np.roll(ct, 3, axis=0), everywhere) < in_place - 0.05
 
 
+def test_metal_does_not_steer_the_registration_and_stays_in_the_ct(person, quick_maps):
+    mr, ct, body = person
+    inside, metal = np.asarray(body[0]) > 0, np.asarray(ct[0]).copy()
+    metal[metal > 600] = 30000
+    found = [register(mr, like(hu, ct), inside, "rigid", quick_maps)["rigid"] for hu in (np.asarray(ct[0]), metal)]
+    moves = [dict(one.transform.GetParameterMap(0))["TransformParameters"] for one in found]
+    assert (metal > 600).any() and moves[0] == moves[1] and found[1].ct.max() > 10000
+
+
 def test_a_registration_that_lowers_mutual_information_is_not_taken():
     values = {"none": 0.5, "rigid": 0.6, "bspline": 0.55}
     assert choose({stage: {"mutual_information": value, "dice": 1.0} for stage, value in values.items()}) == "rigid"
@@ -550,18 +574,6 @@ def test_a_known_warp_is_at_least_halved_without_folding():
 
 
 # the command
-
-
-@pytest.fixture
-def quick_maps(tmp_path: Path) -> str:
-    """The parameter maps with few iterations."""
-    for path in PARAMETERS.iterdir():
-        text = path.read_text()
-        number = text.split("(MaximumNumberOfIterations ")[1].split(")")[0]
-        (tmp_path / "maps").mkdir(exist_ok=True)
-        text = text.replace(f"(MaximumNumberOfIterations {number})", "(MaximumNumberOfIterations 10)")
-        (tmp_path / "maps" / path.name).write_text(text)
-    return str(tmp_path / "maps")
 
 
 def test_pairs_come_out_on_one_grid_as_int16_with_datalist_and_report(inbox, tmp_path, capsys):
@@ -633,11 +645,20 @@ def test_bad_patients_are_named_the_others_go_on_and_the_exit_is_an_error(inbox,
     away = rotation(0, (3000.0, 0, 0))
     save_patient(inbox / "emil", person, move=away)
     (inbox / "finn").symlink_to(tmp_path / "elsewhere")
+    for name, kinds in (("gina", ("MR", "CT")), ("hugo", ("MR", "CT")), ("ida", ("MR", "CT")), ("jon", ("MR", "PT"))):
+        for kind in kinds:
+            slices = 1 if name == "hugo" and kind == "MR" else 8
+            save_dicom(inbox / name / kind, kind, slices, PatientID=kind if name == "gina" else name)
+    truncate(inbox / "ida" / "MR", 0.97)
     command = [sys.executable, "-m", "bundle", "prepare", str(inbox), str(tmp_path / "out"), "--workers", "2"]
     command += [text for name, value in QUICK.items() for text in (f"--{name}", str(value))]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 1 and "3 of 6 patients failed" in result.stderr and "Traceback" not in result.stderr
-    for name, reason in (("dora", "no CT"), ("emil", "do not overlap"), ("finn", "link")):
+    assert result.returncode == 1 and "7 of 10 patients failed" in result.stderr and "Traceback" not in result.stderr
+    reasons = {
+        "dora": "no CT", "emil": "do not overlap", "finn": "link", "gina": "2 patients", "hugo": "one slice",
+        "ida": "truncated", "jon": "no CT; found PT series",
+    }  # fmt: skip
+    for name, reason in reasons.items():
         (line,) = [line for line in result.stderr.splitlines() if line.startswith("  ") and name in line]
         assert reason in line
     content = json.loads((tmp_path / "out" / "datalist.json").read_text())
