@@ -12,11 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import torch
+from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import _config as fx_config
 
+from bundle.phantom import torso_phantom
 from bundle.workflow import inference_workflow
+from custom_modules.inferer import pad_to_windows
 from custom_modules.synthesizer import MODALITIES, Synthesizer
 from custom_modules.volumes import InputError, writable_or_stop
 
@@ -65,18 +70,18 @@ OUTPUTS = {"encoder": "latent", "denoiser": "prediction", "decoder": "ct"}
 def example(part: str, network: Synthesizer, roi_size: Sequence[int]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """Random inputs of ``part`` and which of their axes may change.
 
-    Batch and image sizes are free, the latter in multiples of ``network.downsampling``. The denoiser's window is not: DSCA
-    chooses from its size how far keys are pooled (:func:`~custom_modules.dsca.pool_to_tokens`), and sampling has one window.
+    Batch and image sizes are free, the latter in multiples of ``network.downsampling``, from two of them on. The denoiser's
+    window is not: DSCA chooses from its size how far keys are pooled (:func:`~custom_modules.dsca.pool_to_tokens`), and
+    sampling has one window.
     """
     f, unit, c = network.autoencoder.downsampling, network.downsampling, network.autoencoder.latent_channels
     batch, latent = Dim("batch", min=1), [size // f for size in roi_size]
-    axes = [Dim(axis, min=1) for axis in ("depth", "height", "width")]
+    axes = [Dim(axis, min=2) for axis in ("depth", "height", "width")]  # one voxel at the coarsest scale is a case apart
     if part == "encoder":
-        # unequal sizes, for an axis of the size of another, or of 1, would be taken for it
-        return (torch.randn(2, 1, 3 * unit, 2 * unit, 4 * unit),), {"image": {0: batch, **_free(axes, unit)}}
+        return (torch.randn(2, 1, *[2 * unit] * 3),), {"image": {0: batch, **_free(axes, unit)}}
     if part == "decoder":
         unit //= f
-        return (torch.randn(2, c, 3 * unit, 2 * unit, 4 * unit),), {"latent": {0: batch, **_free(axes, unit)}}
+        return (torch.randn(2, c, *[2 * unit] * 3),), {"latent": {0: batch, **_free(axes, unit)}}
     return (torch.randn(2, 2 * c, *latent), torch.tensor([0, 999])), {"x": {0: batch}, "timesteps": {0: batch}}
 
 
@@ -88,16 +93,18 @@ def _free(axes: Sequence[Dim], unit: int) -> dict[int, Any]:
 def export_part(part: str, network: Synthesizer, roi_size: Sequence[int]) -> ExportedProgram:
     """``torch.export`` of a part in single precision."""
     inputs, dynamic = example(part, network, roi_size)
-    return torch.export.export(PARTS[part](network).eval(), inputs, dynamic_shapes=dynamic)
+    with fx_config.patch(backed_size_oblivious=True):  # else programs refuse a batch of 1 that the example did not have
+        return torch.export.export(PARTS[part](network).eval(), inputs, dynamic_shapes=dynamic)
 
 
-def export(output: str, check: bool = True, config: str | Sequence[str] = (), **settings: Any) -> None:
+def export(output: str, mr: str | None = None, config: str | Sequence[str] = (), **settings: Any) -> None:
     """Write ``encoder``, ``denoiser`` and ``decoder``, each as ``.onnx`` and ``.pt2``, and ``export.json``, which says what
-    they were made from and what goes in and out.
+    they were made from and what goes in and out. Each ONNX is compared with PyTorch in ONNX Runtime, on the middle window of
+    an MR as inference prepares it, its latent and the answer, in batches of one and two and in another size.
 
     Args:
         output: folder; holds all of them or none.
-        check: compare each with PyTorch in ONNX Runtime on random inputs of two sizes.
+        mr: the MR; a phantom when None.
         config: overlay on configs/inference.yaml for another network.
         settings: of configs/inference.yaml, such as --checkpoint, or --roi_size for another window of the denoiser.
 
@@ -111,33 +118,62 @@ def export(output: str, check: bool = True, config: str | Sequence[str] = (), **
         raise InputError(f"{error.name} is not installed; pip install -r requirements.txt") from error
     logging.getLogger("onnx_ir").setLevel(logging.WARNING)
     parser = inference_workflow(config, device="cpu", **settings).parser
-    network = parser.get_parsed_content("network").float().eval().requires_grad_(False)
-    if not isinstance(network, Synthesizer):
+    if not isinstance(parser.get_parsed_content("network_def"), Synthesizer):
         raise InputError(f"{config}: only 3D-WLDM has an encoder, a denoiser and a decoder")
+    network = parser.get_parsed_content("network").float().eval().requires_grad_(False)
     roi_size, checkpoint = parser.get_parsed_content("roi_size"), Path(parser.get_parsed_content("checkpoint"))
     folder = Path(writable_or_stop(output))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export") as scratch:
         record = {"model_sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), **describe(network)}
+        window = middle_window(mr or phantom_mr(Path(scratch)), parser.get_parsed_content("preprocessing"), network, roi_size)
         for part in PARTS:
             print(f"{part}: exporting", flush=True)
             program = export_part(part, network, roi_size)
-            path = Path(scratch, part)
+            path = Path(scratch, f"{part}.onnx")
             torch.export.save(program, path.with_suffix(".pt2"))
-            torch.onnx.export(
-                program, f=str(path.with_suffix(".onnx")), output_names=[OUTPUTS[part]], dynamo=True, verbose=False,
-                external_data=False,
-            )  # fmt: skip
-            record["parts"][part] = signature(path.with_suffix(".onnx"))
-            if check:
-                error = difference(part, path.with_suffix(".onnx"), network, samples(part, network, roi_size))
-                print(f"{part}: differs from PyTorch by {error:.1e} at most")
-                if not error <= TOLERANCE:
-                    raise InputError(f"{part}.onnx differs from PyTorch by {error:.2g}; nothing was written")
-                record["parts"][part]["largest_difference"] = error
+            names = {"output_names": [OUTPUTS[part]]}
+            torch.onnx.export(program, f=str(path), dynamo=True, verbose=False, external_data=False, **names)
+            error = difference(part, path, network, inputs_from(window, part, network))
+            if not error <= TOLERANCE:
+                raise InputError(f"{part}.onnx differs from PyTorch by {error:.2g}; nothing was written")
+            print(f"{part}: differs from PyTorch by {error:.1e} at most")
+            record["parts"][part] = {**signature(path), "largest_difference": error}
         Path(scratch, "export.json").write_text(json.dumps(record, indent=1) + "\n")
+        Path(scratch, "mr.nii.gz").unlink(missing_ok=True)
         for path in sorted(Path(scratch).iterdir()):
             os.replace(path, folder / path.name)
     print(f"{folder}: {', '.join(f'{part}.onnx, {part}.pt2' for part in PARTS)}, export.json")
+
+
+def phantom_mr(folder: Path) -> str:
+    """The MR of a torso phantom, written to ``folder``."""
+    volume, _, affine = torso_phantom()
+    nib.save(nib.Nifti1Image(volume, affine), folder / "mr.nii.gz")
+    return str(folder / "mr.nii.gz")
+
+
+def middle_window(mr: str, preprocessing: Any, network: Synthesizer, roi_size: Sequence[int]) -> Tensor:
+    """The window in the middle of an MR as inference prepares it, (1, 1, *roi_size) in [-1, 1]."""
+    image = convert_to_tensor(preprocessing({"image": mr})["image"], track_meta=False)[None]
+    padded, _ = pad_to_windows(image, roi_size, network.downsampling)
+    starts = [(size - roi) // 2 for size, roi in zip(padded.shape[2:], roi_size)]
+    return padded[(..., *(slice(start, start + roi) for start, roi in zip(starts, roi_size)))].contiguous()
+
+
+@torch.no_grad()
+def inputs_from(window: Tensor, part: str, network: Synthesizer) -> list[tuple[Tensor, ...]]:
+    """What the road gives a part for an MR window: one of it, and two, of twice the depth where the size is free."""
+    last = network.schedule.num_train_timesteps - 1
+    z_mr = network.encode(window, "MR")
+    noise = torch.randn(z_mr.shape, generator=torch.Generator().manual_seed(0))
+    if part == "denoiser":
+        x = torch.cat([noise, z_mr], dim=1)
+        return [(x, torch.tensor([last])), (torch.cat([x, x.flip(2)]), torch.tensor([last, last // 2]))]
+    x = window
+    if part == "decoder":
+        x = network.schedule.sample(lambda z, t: network.predict(z, t, z_mr), noise, 1)
+    long = torch.cat([x, x.flip(2)], dim=2)
+    return [(x,), (torch.cat([long, long.flip(3)]),)]
 
 
 def describe(network: Synthesizer) -> dict[str, Any]:
@@ -165,15 +201,6 @@ def signature(path: Path) -> dict[str, Any]:
         "inputs": {i.name: {"shape": i.shape, "type": i.type} for i in session.get_inputs()},
         "outputs": {o.name: {"shape": o.shape, "type": o.type} for o in session.get_outputs()},
     }
-
-
-def samples(part: str, network: Synthesizer, roi_size: Sequence[int]) -> list[tuple[Tensor, ...]]:
-    """The example and inputs of another batch and, where it is free, another size."""
-    inputs, dynamic = example(part, network, roi_size)
-    other = torch.cat([inputs[0][:1]] * 3)
-    if len(next(iter(dynamic.values()))) > 1:
-        other = other.transpose(2, 4)
-    return [inputs, (other, *(torch.full((3,), 500) for _ in inputs[1:]))]
 
 
 @torch.no_grad()

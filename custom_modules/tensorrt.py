@@ -11,6 +11,8 @@ from custom_modules.synthesizer import Synthesizer
 from custom_modules.volumes import stop
 
 PACKAGES = ("tensorrt", "polygraphy")
+# of torch.onnx.export; what MONAI makes of its dynamic batch does not know the unused argument
+EXPORT_ARGS = {"dynamic_shapes": {"x": {0: "batch"}, "timesteps": {0: "batch"}, "context": None}}
 
 
 def trt_compile_or_stop(
@@ -31,5 +33,7 @@ def trt_compile_or_stop(
     missing = [package for package in PACKAGES if find_spec(package) is None]
     if missing:
         stop(f"TensorRT needs {' and '.join(missing)}: pip install {' '.join(missing)}, or leave inference_trt.yaml out")
-    args = {"precision": precision, "dynamic_batchsize": [1, sw_batch_size, sw_batch_size]}
+    args = {
+        "precision": precision, "dynamic_batchsize": [1, sw_batch_size, sw_batch_size], "export_args": EXPORT_ARGS,
+    }  # fmt: skip
     return trt_compile(network, str(path), args=args, submodule="denoiser")
