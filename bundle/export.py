@@ -1,4 +1,4 @@
-"""``python -m bundle export OUT``: encoder, denoiser and decoder as ONNX and ``torch.export`` programs, for other runtimes."""
+"""``python -m bundle export OUT``: encoder, denoiser and decoder as ONNX and ``torch.export`` programs."""
 
 from __future__ import annotations
 
@@ -67,16 +67,19 @@ PARTS = {"encoder": Encoder, "denoiser": Denoiser, "decoder": Decoder}
 OUTPUTS = {"encoder": "latent", "denoiser": "prediction", "decoder": "ct"}
 
 
-def example(part: str, network: Synthesizer, roi_size: Sequence[int]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+def example(
+    part: str, network: Synthesizer, roi_size: Sequence[int]
+) -> tuple[tuple[Tensor, ...], dict[str, dict[int, Any]]]:
     """Random inputs of ``part`` and which of their axes may change.
 
-    Batch and image sizes are free, the latter in multiples of ``network.downsampling``, from two of them on. The denoiser's
-    window is not: DSCA chooses from its size how far keys are pooled (:func:`~custom_modules.dsca.pool_to_tokens`), and
-    sampling has one window.
+    Batch and image sizes are free, the latter in multiples of ``network.downsampling``, from two of them on. The
+    denoiser's window is not: DSCA chooses from its size how far keys are pooled
+    (:func:`~custom_modules.dsca.pool_to_tokens`), and sampling has one window.
     """
     f, unit, c = network.autoencoder.downsampling, network.downsampling, network.autoencoder.latent_channels
     batch, latent = Dim("batch", min=1), [size // f for size in roi_size]
-    axes = [Dim(axis, min=2) for axis in ("depth", "height", "width")]  # one voxel at the coarsest scale is a case apart
+    # from 2 on, for one voxel at the coarsest scale is a case apart
+    axes = [Dim(axis, min=2) for axis in ("depth", "height", "width")]
     if part == "encoder":
         return (torch.randn(2, 1, *[2 * unit] * 3),), {"image": {0: batch, **_free(axes, unit)}}
     if part == "decoder":
@@ -98,9 +101,9 @@ def export_part(part: str, network: Synthesizer, roi_size: Sequence[int]) -> Exp
 
 
 def export(output: str, mr: str | None = None, config: str | Sequence[str] = (), **settings: Any) -> None:
-    """Write ``encoder``, ``denoiser`` and ``decoder``, each as ``.onnx`` and ``.pt2``, and ``export.json``, which says what
-    they were made from and what goes in and out. Each ONNX is compared with PyTorch in ONNX Runtime, on the middle window of
-    an MR as inference prepares it, its latent and the answer, in batches of one and two and in another size.
+    """Write ``encoder``, ``denoiser`` and ``decoder``, each as ``.onnx`` and ``.pt2``, and ``export.json``, which says
+    what they were made from and what goes in and out. Each ONNX is compared with PyTorch in ONNX Runtime, on the middle
+    window of an MR as inference prepares it, its latent and the answer, in batches of one and two and in another size.
 
     Args:
         output: folder; holds all of them or none.
@@ -125,7 +128,8 @@ def export(output: str, mr: str | None = None, config: str | Sequence[str] = (),
     folder = Path(writable_or_stop(output))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export") as scratch:
         record = {"model_sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), **describe(network)}
-        window = middle_window(mr or phantom_mr(Path(scratch)), parser.get_parsed_content("preprocessing"), network, roi_size)
+        image = parser.get_parsed_content("preprocessing")({"image": str(mr or phantom_mr(Path(scratch)))})["image"]
+        window = middle_window(image, network, roi_size)
         for part in PARTS:
             print(f"{part}: exporting", flush=True)
             program = export_part(part, network, roi_size)
@@ -152,10 +156,9 @@ def phantom_mr(folder: Path) -> str:
     return str(folder / "mr.nii.gz")
 
 
-def middle_window(mr: str, preprocessing: Any, network: Synthesizer, roi_size: Sequence[int]) -> Tensor:
-    """The window in the middle of an MR as inference prepares it, (1, 1, *roi_size) in [-1, 1]."""
-    image = convert_to_tensor(preprocessing({"image": mr})["image"], track_meta=False)[None]
-    padded, _ = pad_to_windows(image, roi_size, network.downsampling)
+def middle_window(image: Tensor, network: Synthesizer, roi_size: Sequence[int]) -> Tensor:
+    """The window in the middle of an MR (1, D, H, W), (1, 1, *roi_size)."""
+    padded, _ = pad_to_windows(convert_to_tensor(image, track_meta=False)[None], roi_size, network.downsampling)
     starts = [(size - roi) // 2 for size, roi in zip(padded.shape[2:], roi_size)]
     return padded[(..., *(slice(start, start + roi) for start, roi in zip(starts, roi_size)))].contiguous()
 

@@ -1,4 +1,4 @@
-"""``python -m bundle package``: the bundle as one archive for the model zoo, built from a commit and verified on its own."""
+"""``python -m bundle package``: the bundle as one archive for the model zoo, built from a commit and verified alone."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def git(root: Path, *arguments: str) -> str:
 
 
 def build(root: Path, folder: Path) -> Path:
-    """The archive of HEAD in ``folder``, everything below one folder of the bundle's name, as the zoo unpacks it. Order,
-    times (the commit's) and permissions are those of ``git archive``.
+    """The archive of HEAD in ``folder``, everything below one folder of the bundle's name, as the zoo unpacks it.
+    Order, times (the commit's) and permissions are those of ``git archive``.
 
     Raises:
         InputError: where something that belongs into it is not committed.
@@ -101,8 +101,8 @@ def phantoms(folder: Path) -> Path:
 
 
 def verify(archive: Path, scratch: Path, log: Path, schema: Path | None = None) -> None:
-    """Unpack ``archive`` and run :mod:`bundle.verification` there; its lines are printed as they come, what the workflows say
-    goes to ``log``.
+    """Unpack ``archive`` and run :mod:`bundle.verification` there; its lines are printed as they come, what the
+    workflows say goes to ``log``.
 
     Raises:
         InputError: for the first check that fails.

@@ -1,5 +1,5 @@
-"""What a packaged bundle has to pass, by what it holds alone: run in the unpacked archive, this file imports nothing of the
-repository.
+"""What a packaged bundle has to pass, by what it holds alone: run in the unpacked archive, this file imports nothing of
+the repository.
 
     cd UNPACKED && python -E -P .../bundle/verification.py DATA SCRATCH [SCHEMA]
 """
@@ -26,9 +26,11 @@ REQUIRED = (
 )  # fmt: skip
 TENSOR = ("type", "format", "num_channels", "spatial_shape", "dtype", "value_range")
 INFERENCE, METADATA = "configs/inference.yaml", "configs/metadata.json"
-# one step of each stage, with the networks as they are; single precision, for bfloat16 gradients of crops this small can be
-# NaN on CPUs with AMX
-STEP = {"roi_size": [32, 32, 32], "amp": False, "batch_size": 2, "steps_per_epoch": 1, "max_epochs": 1, "val_interval": 1}
+# one step of each stage, with the networks as they are; single precision, for bfloat16 gradients of crops this small
+# can be NaN on CPUs with AMX
+STEP = {
+    "roi_size": [32, 32, 32], "amp": False, "batch_size": 2, "steps_per_epoch": 1, "max_epochs": 1, "val_interval": 1,
+}  # fmt: skip
 STAGES = {
     "train_autoencoder": {"adversarial_warmup": 0},
     "train": {"versions": 1, "autoencoder": "train_autoencoder/autoencoder.pt"},
@@ -58,8 +60,8 @@ def check_contents(root: Path) -> str:
 
 
 def check_weights(root: Path) -> str:
-    """``models/model.pt`` has the SHA-256 beside it, what was measured with it names the same, and no ``.pt`` has a shorter
-    name, which MONAI Label would load in its place."""
+    """``models/model.pt`` has the SHA-256 beside it, what was measured with it names the same, and no ``.pt`` has a
+    shorter name, which MONAI Label would load in its place."""
     models = root / "models"
     digest = hashlib.sha256((models / "model.pt").read_bytes()).hexdigest()
     recorded = {"models/model.pt.sha256": (models / "model.pt.sha256").read_text().split()[0]}
@@ -75,8 +77,8 @@ def check_weights(root: Path) -> str:
 
 
 def check_metadata(root: Path, schema: Path | None, scratch: Path) -> str:
-    """``metadata.json`` against its schema: ``schema``, or fetched from where the metadata say; where it cannot be fetched
-    the keys that MONAI's schema and the model zoo ask for are looked for, and the answer says so."""
+    """``metadata.json`` against its schema: ``schema``, or fetched from where the metadata say; where it cannot be
+    fetched the keys that MONAI's schema and the model zoo ask for are looked for, and the answer says so."""
     from monai.bundle import verify_metadata
 
     metadata = json.loads((root / METADATA).read_text())

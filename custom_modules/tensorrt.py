@@ -32,7 +32,7 @@ def trt_compile_or_stop(
         stop(f"TensorRT runs on CUDA and the device is '{device}'; leave inference_trt.yaml out")
     missing = [package for package in PACKAGES if find_spec(package) is None]
     if missing:
-        stop(f"TensorRT needs {' and '.join(missing)}: pip install {' '.join(missing)}, or leave inference_trt.yaml out")
+        stop(f"TensorRT needs pip install {' '.join(missing)}; leave inference_trt.yaml out")
     args = {
         "precision": precision, "dynamic_batchsize": [1, sw_batch_size, sw_batch_size], "export_args": EXPORT_ARGS,
     }  # fmt: skip

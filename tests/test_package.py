@@ -203,10 +203,10 @@ def test_the_metadata_name_every_package_that_the_modules_import():
     named = {*METADATA["required_packages_version"], "monai", "torch", "numpy"}
     for path in (ROOT / "custom_modules").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            modules = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in getattr(node, "names", [])]
-            modules = modules if isinstance(node, (ast.Import, ast.ImportFrom)) else []
-            for module in {str(m).split(".")[0] for m in modules} - {"custom_modules"} - set(sys.stdlib_module_names):
-                assert named & set(owners.get(module, [module])), f"{path.name}: {module}"
+            imported = [node.module] if isinstance(node, ast.ImportFrom) else []
+            imported += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for module in {name.split(".")[0] for name in imported} - {"custom_modules", *sys.stdlib_module_names}:
+                assert named & {module, *owners.get(module, [])}, f"{path.name}: {module}"
 
 
 def test_the_metrics_in_the_metadata_are_those_of_the_evaluation():
