@@ -124,7 +124,8 @@ def export(output: str, mr: str | None = None, config: str | Sequence[str] = (),
     if not isinstance(parser.get_parsed_content("network_def"), Synthesizer):
         raise InputError(f"{config}: only 3D-WLDM has an encoder, a denoiser and a decoder")
     network = parser.get_parsed_content("network").float().eval().requires_grad_(False)
-    roi_size, checkpoint = parser.get_parsed_content("roi_size"), Path(parser.get_parsed_content("checkpoint"))
+    checkpoint, unit = Path(parser.get_parsed_content("checkpoint")), network.downsampling
+    roi_size = [-(-size // unit) * unit for size in parser.get_parsed_content("roi_size")]  # as the inferer rounds it
     folder = Path(writable_or_stop(output))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export") as scratch:
         record = {"model_sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), **describe(network)}
