@@ -1,9 +1,10 @@
 # make demo [MR=path]   synthetic CT of a real torso MR, or of yours
 # make test             the fast tests
+# make package          the archive for the model zoo, verified on its own
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test test-slow bench clean
+.PHONY: demo test test-slow bench package clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -23,5 +24,9 @@ test-slow: .venv/installed
 bench: .venv/installed
 	$(PY) benchmarks/training.py $(if $(DATA),--dataset_dir "$(DATA)")
 
+# SCHEMA=FILE takes a copy of MONAI's metadata schema where there is no network
+package: .venv/installed
+	$(PY) -m bundle package $(if $(SCHEMA),--schema "$(SCHEMA)")
+
 clean:
-	rm -rf .venv demo eval runs
+	rm -rf .venv demo dist eval runs

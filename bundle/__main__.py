@@ -9,6 +9,8 @@ import fire
 from bundle.calibrate import calibrate, guard
 from bundle.demo import demo
 from bundle.evaluate import evaluate
+from bundle.export import export
+from bundle.package import package
 from bundle.phantom import phantom
 from bundle.prepare import prepare
 from bundle.report import report
@@ -17,7 +19,7 @@ from bundle.synthesize import synthesize
 from custom_modules.volumes import InputError
 
 
-COMMANDS = [synthesize, evaluate, report, calibrate, guard, prepare, phantom, demo, ship]
+COMMANDS = [synthesize, evaluate, report, calibrate, guard, prepare, phantom, demo, ship, export, package]
 
 
 def main() -> None:

@@ -1,0 +1,221 @@
+"""``python -m bundle export OUT``: encoder, denoiser and decoder as ONNX and ``torch.export`` programs."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import torch
+from monai.utils import convert_to_tensor
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import _config as fx_config
+
+from bundle.phantom import torso_phantom
+from bundle.workflow import inference_workflow
+from custom_modules.inferer import pad_to_windows
+from custom_modules.synthesizer import MODALITIES, Synthesizer
+from custom_modules.volumes import InputError, writable_or_stop
+
+TOLERANCE = 1e-3  # largest difference from PyTorch, of latents with standard deviation 1 and of images in [-1, 1]
+
+
+class Encoder(nn.Module):
+    """MR (N, 1, D, H, W) in [-1, 1] to the normalised mean of its posterior (N, c, D/f, H/f, W/f)."""
+
+    def __init__(self, network: Synthesizer) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network)
+        del self.network.denoiser, self.network.autoencoder.decoder  # a program carries every weight of its module
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network.encode(image, "MR")
+
+
+class Decoder(nn.Module):
+    """Normalised CT latent (N, c, d, h, w) to the synthetic CT (N, 1, f d, f h, f w) in [-1, 1]."""
+
+    def __init__(self, network: Synthesizer) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network)
+        del self.network.denoiser, self.network.autoencoder.encoder
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.network.decode(latent, "CT")
+
+
+class Denoiser(nn.Module):
+    """CT latent and MR latent, normalised (N, 2 c, d, h, w), and timesteps (N,) to the prediction (N, c, d, h, w)."""
+
+    def __init__(self, network: Synthesizer) -> None:
+        super().__init__()
+        self.denoiser = network.denoiser
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        return self.denoiser(x, timesteps)
+
+
+PARTS = {"encoder": Encoder, "denoiser": Denoiser, "decoder": Decoder}
+OUTPUTS = {"encoder": "latent", "denoiser": "prediction", "decoder": "ct"}
+
+
+def example(
+    part: str, network: Synthesizer, roi_size: Sequence[int]
+) -> tuple[tuple[Tensor, ...], dict[str, dict[int, Any]]]:
+    """Random inputs of ``part`` and which of their axes may change.
+
+    Batch and image sizes are free, the latter in multiples of ``network.downsampling``, from two of them on. The
+    denoiser's window is not: DSCA chooses from its size how far keys are pooled
+    (:func:`~custom_modules.dsca.pool_to_tokens`), and sampling has one window.
+    """
+    f, unit, c = network.autoencoder.downsampling, network.downsampling, network.autoencoder.latent_channels
+    batch, latent = Dim("batch", min=1), [size // f for size in roi_size]
+    # from 2 on, for one voxel at the coarsest scale is a case apart
+    axes = [Dim(axis, min=2) for axis in ("depth", "height", "width")]
+    if part == "encoder":
+        return (torch.randn(2, 1, *[2 * unit] * 3),), {"image": {0: batch, **_free(axes, unit)}}
+    if part == "decoder":
+        unit //= f
+        return (torch.randn(2, c, *[2 * unit] * 3),), {"latent": {0: batch, **_free(axes, unit)}}
+    return (torch.randn(2, 2 * c, *latent), torch.tensor([0, 999])), {"x": {0: batch}, "timesteps": {0: batch}}
+
+
+def _free(axes: Sequence[Dim], unit: int) -> dict[int, Any]:
+    return {n: unit * axis for n, axis in enumerate(axes, start=2)}
+
+
+@torch.no_grad()
+def export_part(part: str, network: Synthesizer, roi_size: Sequence[int]) -> ExportedProgram:
+    """``torch.export`` of a part in single precision."""
+    inputs, dynamic = example(part, network, roi_size)
+    with fx_config.patch(backed_size_oblivious=True):  # else programs refuse a batch of 1 that the example did not have
+        return torch.export.export(PARTS[part](network).eval(), inputs, dynamic_shapes=dynamic)
+
+
+def export(output: str, mr: str | None = None, config: str | Sequence[str] = (), **settings: Any) -> None:
+    """Write ``encoder``, ``denoiser`` and ``decoder``, each as ``.onnx`` and ``.pt2``, and ``export.json``, which says
+    what they were made from and what goes in and out. Each ONNX is compared with PyTorch in ONNX Runtime, on the middle
+    window of an MR as inference prepares it, its latent and the answer, in batches of one and two and in another size.
+
+    Args:
+        output: folder; holds all of them or none.
+        mr: the MR; a phantom when None.
+        config: overlay on configs/inference.yaml for another network.
+        settings: of configs/inference.yaml, such as --checkpoint, or --roi_size for another window of the denoiser.
+
+    Raises:
+        InputError: when ONNX is not installed, or an export differs from PyTorch by more than 0.001.
+    """
+    try:
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"{error.name} is not installed; pip install -r requirements.txt") from error
+    logging.getLogger("onnx_ir").setLevel(logging.WARNING)
+    parser = inference_workflow(config, device="cpu", **settings).parser
+    if not isinstance(parser.get_parsed_content("network_def"), Synthesizer):
+        raise InputError(f"{config}: only 3D-WLDM has an encoder, a denoiser and a decoder")
+    network = parser.get_parsed_content("network").float().eval().requires_grad_(False)
+    checkpoint, unit = Path(parser.get_parsed_content("checkpoint")), network.downsampling
+    roi_size = [-(-size // unit) * unit for size in parser.get_parsed_content("roi_size")]  # as the inferer rounds it
+    folder = Path(writable_or_stop(output))
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export") as scratch:
+        record = {"model_sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), **describe(network)}
+        image = parser.get_parsed_content("preprocessing")({"image": str(mr or phantom_mr(Path(scratch)))})["image"]
+        window = middle_window(image, network, roi_size)
+        for part in PARTS:
+            print(f"{part}: exporting", flush=True)
+            program = export_part(part, network, roi_size)
+            path = Path(scratch, f"{part}.onnx")
+            torch.export.save(program, path.with_suffix(".pt2"))
+            names = {"output_names": [OUTPUTS[part]]}
+            torch.onnx.export(program, f=str(path), dynamo=True, verbose=False, external_data=False, **names)
+            error = difference(part, path, network, inputs_from(window, part, network))
+            if not error <= TOLERANCE:
+                raise InputError(f"{part}.onnx differs from PyTorch by {error:.2g}; nothing was written")
+            print(f"{part}: differs from PyTorch by {error:.1e} at most")
+            record["parts"][part] = {**signature(path), "largest_difference": error}
+        Path(scratch, "export.json").write_text(json.dumps(record, indent=1) + "\n")
+        Path(scratch, "mr.nii.gz").unlink(missing_ok=True)
+        for path in sorted(Path(scratch).iterdir()):
+            os.replace(path, folder / path.name)
+    print(f"{folder}: {', '.join(f'{part}.onnx, {part}.pt2' for part in PARTS)}, export.json")
+
+
+def phantom_mr(folder: Path) -> str:
+    """The MR of a torso phantom, written to ``folder``."""
+    volume, _, affine = torso_phantom()
+    nib.save(nib.Nifti1Image(volume, affine), folder / "mr.nii.gz")
+    return str(folder / "mr.nii.gz")
+
+
+def middle_window(image: Tensor, network: Synthesizer, roi_size: Sequence[int]) -> Tensor:
+    """The window in the middle of an MR (1, D, H, W), (1, 1, *roi_size)."""
+    padded, _ = pad_to_windows(convert_to_tensor(image, track_meta=False)[None], roi_size, network.downsampling)
+    starts = [(size - roi) // 2 for size, roi in zip(padded.shape[2:], roi_size)]
+    return padded[(..., *(slice(start, start + roi) for start, roi in zip(starts, roi_size)))].contiguous()
+
+
+@torch.no_grad()
+def inputs_from(window: Tensor, part: str, network: Synthesizer) -> list[tuple[Tensor, ...]]:
+    """What the road gives a part for an MR window: one of it, and two, of twice the depth where the size is free."""
+    last = network.schedule.num_train_timesteps - 1
+    z_mr = network.encode(window, "MR")
+    noise = torch.randn(z_mr.shape, generator=torch.Generator().manual_seed(0))
+    if part == "denoiser":
+        x = torch.cat([noise, z_mr], dim=1)
+        return [(x, torch.tensor([last])), (torch.cat([x, x.flip(2)]), torch.tensor([last, last // 2]))]
+    x = window
+    if part == "decoder":
+        x = network.schedule.sample(lambda z, t: network.predict(z, t, z_mr), noise, 1)
+    long = torch.cat([x, x.flip(2)], dim=2)
+    return [(x,), (torch.cat([long, long.flip(3)]),)]
+
+
+def describe(network: Synthesizer) -> dict[str, Any]:
+    """What a runtime has to know beside the graphs: HU window, the sampler's schedule, the latent scale they hold."""
+    betas = network.schedule.betas
+    return {
+        "hu_window": network.hu_window.tolist(),
+        "downsampling": network.autoencoder.downsampling,
+        "size_unit": network.downsampling,
+        "prediction": network.schedule.prediction,
+        "linear_betas": {"first": float(betas[0]), "last": float(betas[-1]), "timesteps": len(betas)},
+        # the encoder's answers are normalised by the first, the decoder takes latents normalised by the second
+        "latent_mean": dict(zip(MODALITIES, network.latent_mean.tolist())),
+        "latent_std": dict(zip(MODALITIES, network.latent_std.tolist())),
+        "parts": {},
+    }
+
+
+def signature(path: Path) -> dict[str, Any]:
+    """Names and shapes of an ONNX file's inputs and outputs; a free axis is a name or an expression."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return {
+        "inputs": {i.name: {"shape": i.shape, "type": i.type} for i in session.get_inputs()},
+        "outputs": {o.name: {"shape": o.shape, "type": o.type} for o in session.get_outputs()},
+    }
+
+
+@torch.no_grad()
+def difference(part: str, path: Path, network: Synthesizer, batches: Sequence[tuple[Tensor, ...]]) -> float:
+    """Largest absolute difference between ONNX Runtime and PyTorch over ``batches``."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names, reference = [i.name for i in session.get_inputs()], PARTS[part](network)
+    errors = []
+    for inputs in batches:
+        (answer,) = session.run(None, {name: x.contiguous().numpy() for name, x in zip(names, inputs)})
+        errors.append(float((torch.from_numpy(answer) - reference(*inputs)).abs().max()))
+    return max(errors)
