@@ -1,9 +1,12 @@
 # make demo [MR=path]   synthetic CT of a real torso MR, or of yours
 # make test             the fast tests
+# make label STUDIES=DIR  MONAI Label server on http://127.0.0.1:8000 (PORT=8000) for the images in DIR
 PYTHON ?= python3
 PY := .venv/bin/python
+LABEL := .venv-label/bin/python
+PORT ?= 8000
 
-.PHONY: demo test test-slow bench clean
+.PHONY: demo test test-slow test-label label bench clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -19,9 +22,22 @@ test: .venv/installed
 test-slow: .venv/installed
 	$(PY) -m pytest -m slow
 
+.venv-label/installed: requirements-label.txt
+	$(PYTHON) -m venv .venv-label
+	$(LABEL) -m pip install --quiet --requirement requirements-label.txt
+	$(LABEL) -m pip install --quiet --no-deps monailabel==0.8.5 pydicom-seg==0.4.1
+	touch $@
+
+label: .venv-label/installed
+	@test -n "$(STUDIES)" || { echo "say which folder has the images: make label STUDIES=DIR"; exit 1; }
+	$(LABEL) -m monailabel.main start_server --app bundle/label_app --studies "$(STUDIES)" --host 127.0.0.1 --port $(PORT)
+
+test-label: .venv/installed .venv-label/installed
+	$(PY) -m pytest tests/test_label_app.py tests/test_slicer.py
+
 # ratios and costs, minutes to an hour; DATA=DIR takes real pairs
 bench: .venv/installed
 	$(PY) benchmarks/training.py $(if $(DATA),--dataset_dir "$(DATA)")
 
 clean:
-	rm -rf .venv demo eval runs
+	rm -rf .venv .venv-label demo eval runs
