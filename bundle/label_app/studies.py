@@ -30,19 +30,22 @@ def called(path: str | Path, name: str) -> Iterator[None]:
         raise type(error)(str(error).replace(str(path), name)) from error
 
 
-def check_volume_file(path: str | Path) -> dict[str, str]:
+def check_volume_file(path: str | Path, label_map: bool = False) -> dict[str, str]:
     """The one volume in ``path``, as :func:`~custom_modules.volumes.find_volumes` lists it.
 
+    Args:
+        label_map: let a label map pass; a CT that is no CT is the training's to refuse.
+
     Raises:
-        InputError: unless it is one sound volume of intensities: not for a label map, colours or several volumes.
+        InputError: for anything but one sound volume, and for a label map.
     """
     found = find_volumes(path)
     if len(found) > 1:
         raise InputError(f"{path}: holds {len(found)} volumes; give one")
     values = np.asarray(read_volume(found[0]["image"])).ravel()
     distinct = np.unique(values[:: max(1, values.size // 10**6)])
-    if len(distinct) <= LABEL_MAP_VALUES and (distinct == distinct.round()).all():
-        raise InputError(f"{path}: holds only {len(distinct)} whole numbers, as a label map does; give an image")
+    if not label_map and len(distinct) <= LABEL_MAP_VALUES and (distinct == distinct.round()).all():
+        raise InputError(f"{path}: holds only {len(distinct)} whole numbers, as a label map does; give an MR")
     return found[0]
 
 
@@ -87,7 +90,7 @@ class Studies(LocalDatastore):
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
         check_name(label_tag)
         with called(label_filename, f"label of '{image_id}'"):
-            check_volume_file(label_filename)
+            check_volume_file(label_filename, label_map=True)
         return self.keep(image_id, label_filename, label_tag, label_info)
 
     def keep(self, image_id: str, label_filename: str | Path, label_tag: str, label_info: dict[str, Any]) -> str:
