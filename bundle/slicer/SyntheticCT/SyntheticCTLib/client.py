@@ -41,12 +41,13 @@ class Client:
     """
 
     def __init__(self, address: str) -> None:
-        parts = urlsplit(address.strip())
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ServerError(f"'{address}' is no address; give one such as http://127.0.0.1:8000")
-        self.address, self.host, self.port = address.strip().rstrip("/"), parts.hostname, parts.port
-        self.kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self.path = parts.path.rstrip("/")
+        self.address = address.strip().rstrip("/")
+        try:
+            parts = urlsplit(self.address)
+            self.kind = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}[parts.scheme]
+            self.host, self.port, self.path = parts.hostname, parts.port, parts.path
+        except (KeyError, ValueError) as error:
+            raise ServerError(f"'{address}' is no address; give one such as http://127.0.0.1:8000") from error
         self.cancelled = False
         self.connection: http.client.HTTPConnection | None = None
 
