@@ -370,6 +370,34 @@ def test_a_client_that_hangs_up_leaves_nothing(server, mr):
 
 
 @live
+def test_the_slicer_modules_cancel_does_not_wait_for_the_server(server, mr, tmp_path):
+    client = Client(server.address)
+    with ThreadPoolExecutor(1) as pool:
+        request = pool.submit(client.synthesize, mr, MODEL, {"num_inference_steps": 4}, tmp_path)
+        while not list((server.studies / MODEL / "tmp").glob("result*")):
+            time.sleep(0.05)
+        client.cancel()
+        with pytest.raises(ServerError, match="cancelled"):
+            request.result()
+        assert list((server.studies / MODEL / "tmp").glob("result*"))  # it is still at work
+    server.wait_until_idle()
+    assert server.leftovers() == [] and not list(tmp_path.iterdir())
+    for _ in range(50):
+        if not list(server.studies.glob("slicer_*")):
+            break
+        time.sleep(0.1)
+    assert not list(server.studies.glob("slicer_*"))
+
+
+@live
+def test_web_pages_of_others_may_not_read_answers(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    connection.request("GET", "/info/", headers={"Origin": "http://elsewhere.example"})
+    response = connection.getresponse()
+    assert response.status == 200 and response.getheader("Access-Control-Allow-Origin") is None
+
+
+@live
 def test_training_changes_the_weights_and_the_next_inference_uses_them(server, by_bundle, tmp_path):
     shipped = sha256(server.weights)
     for n in range(2):
@@ -401,7 +429,7 @@ def test_a_server_that_was_killed_at_work_starts_again_without_what_it_left(serv
         client = Client(server.address)
         request = pool.submit(client.infer, MODEL, "mr", {"num_inference_steps": 1000}, mr.with_name("never.nrrd"))
         for _ in range(100):
-            if list((server.studies / MODEL / "tmp").iterdir()):
+            if list((server.studies / MODEL / "tmp").glob("result*")):
                 break
             time.sleep(0.1)
         server.process.send_signal(signal.SIGKILL)

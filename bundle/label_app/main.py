@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class SyntheticCTApp(MONAILabelApp):
     """
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
+        if "://" in studies:
+            raise InputError(f"{studies}: the studies must be a folder; DICOMweb and other servers are not supported")
         self.folder = Path(studies).resolve() / MODEL
         self.temporary = self.folder / "tmp"
         self.shipped = Path(conf.get("checkpoint", ROOT / "models" / "model.pt"))
@@ -73,7 +75,8 @@ class SyntheticCTApp(MONAILabelApp):
 
     def on_init_complete(self) -> None:
         """What only the server does, and not the processes that it trains in: temporary files get a folder, emptied of what
-        a server before left, and every error an answer."""
+        a server before left; every error gets an answer; pages of other sites may not read what is on this machine."""
+        from monailabel.app import CORSMiddleware
         from monailabel.app import app as server
 
         remove_file(str(self.temporary))
@@ -81,6 +84,7 @@ class SyntheticCTApp(MONAILabelApp):
         tempfile.tempdir = str(self.temporary)
         for error in (InputError, MONAILabelException, json.JSONDecodeError, HTTPException, Exception):
             server.add_exception_handler(error, refuse)
+        server.user_middleware = [entry for entry in server.user_middleware if entry.cls is not CORSMiddleware]
         server.middleware_stack = server.build_middleware_stack()  # it stood before the app was made
         super().on_init_complete()
 
@@ -111,8 +115,9 @@ class SyntheticCTApp(MONAILabelApp):
     def cleanup_sessions(self) -> None:
         super().cleanup_sessions()
         for path in self.temporary.iterdir():
-            if path.stat().st_mtime < time.time() - STALE:
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # its request has just ended
+                if path.stat().st_mtime < time.time() - STALE:
+                    remove_file(str(path))
 
 
 async def refuse(request: Request, error: Exception) -> JSONResponse:

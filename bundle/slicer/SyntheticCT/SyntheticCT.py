@@ -22,6 +22,7 @@ ADDRESS = "http://127.0.0.1:8000"
 CT_WINDOW, CT_LEVEL = 400, 40  # HU, soft tissue
 OPACITY = 0.5  # of the synthetic CT over the MR
 POLL = 100  # ms
+PATIENCE = 5  # s, for Connect, which Slicer waits for
 
 
 class SyntheticCT(ScriptedLoadableModule):
@@ -97,7 +98,7 @@ class SyntheticCTWidget(ScriptedLoadableModuleWidget):
 
     def onConnect(self) -> None:
         try:
-            self.models = Client(self.address.text).models()
+            self.models = Client(self.address.text, PATIENCE).models()
         except ServerError as error:
             self.models = {}
             slicer.util.errorDisplay(str(error))

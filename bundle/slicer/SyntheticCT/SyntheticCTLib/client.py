@@ -6,8 +6,10 @@ import http.client
 import json
 import re
 import socket
+import threading
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +38,15 @@ class Synthesis:
 class Client:
     """One request at a time to the server at ``address``, such as ``http://127.0.0.1:8000``.
 
+    Args:
+        timeout: seconds without an answer; a synthesis takes minutes, and the server answers in turn.
+
     Raises:
         ServerError: every method, when the server refuses, is not there, or :meth:`cancel` was called.
     """
 
-    def __init__(self, address: str) -> None:
-        self.address = address.strip().rstrip("/")
+    def __init__(self, address: str, timeout: float | None = None) -> None:
+        self.timeout, self.address = timeout, address.strip().rstrip("/")
         try:
             parts = urlsplit(self.address)
             self.kind = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}[parts.scheme]
@@ -56,11 +61,9 @@ class Client:
         info = self._json("GET", "/info/")
         return {name: model["config"] for name, model in info["models"].items()}
 
-    def upload(self, path: str | Path) -> str:
-        """Send a volume to the server's datastore; returns its id there."""
-        image_id = f"slicer_{uuid.uuid4().hex[:12]}"
+    def upload(self, path: str | Path, image_id: str) -> None:
+        """Send a volume to the server's datastore."""
         self._json("PUT", f"/datastore/image?{urlencode({'image': image_id})}", file=Path(path))
-        return image_id
 
     def remove(self, image_id: str) -> None:
         """Delete an image and its labels from the datastore."""
@@ -93,9 +96,10 @@ class Client:
         Args:
             report: is told each step as it begins.
         """
-        report("sending the MR")
-        image_id = self.upload(path)
+        image_id = f"slicer_{uuid.uuid4().hex[:12]}"
         try:
+            report("sending the MR")
+            self.upload(path, image_id)
             report("synthesising")
             volume = Path(folder) / "sct.nrrd"
             answer = self.infer(model, image_id, options, volume)
@@ -104,14 +108,23 @@ class Client:
                 report("fetching the uncertainty")
                 spread = self.label(spread["label"], spread["tag"], Path(folder) / "uncertainty.nrrd")
         finally:
-            Client(self.address).remove(image_id)
+            # after a cancelled request the server answers only when it is done with that, which nobody should wait for
+            removal = threading.Thread(target=self._remove, args=(image_id,), daemon=True)
+            removal.start()
+            if not self.cancelled:
+                removal.join()
         return Synthesis(volume, spread, answer)
+
+    def _remove(self, image_id: str) -> None:
+        with suppress(ServerError):  # a server that is gone has said so before
+            Client(self.address).remove(image_id)
 
     def cancel(self) -> None:
         """Give up the request that another thread waits for. The server finishes what it has begun and drops the result."""
         self.cancelled = True
         if self.connection is not None and self.connection.sock is not None:
-            self.connection.sock.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):  # closed by the other end just now
+                self.connection.sock.shutdown(socket.SHUT_RDWR)
 
     def _json(self, method: str, selector: str, file: Path | None = None) -> Any:
         _, body = self._request(method, selector, {"params": "{}"} if file else None, file)
@@ -128,7 +141,7 @@ class Client:
         if fields is not None:
             boundary = uuid.uuid4().hex
             headers, form = {"Content-Type": f"multipart/form-data; boundary={boundary}"}, _form(boundary, fields, file)
-        self.connection = self.kind(self.host, self.port)
+        self.connection = self.kind(self.host, self.port, timeout=self.timeout)
         try:
             if self.cancelled:
                 raise ServerError("cancelled")
@@ -138,7 +151,7 @@ class Client:
         except (OSError, http.client.HTTPException) as error:
             if self.cancelled:
                 raise ServerError("cancelled") from error
-            raise ServerError(f"no answer from {self.address} ({error}); is the server running?") from error
+            raise ServerError(f"no answer from {self.address} ({error}); is the server running, or busy?") from error
         finally:
             self.connection.close()
         if response.status >= 400:
