@@ -116,7 +116,9 @@ class Server:
     ) -> tuple[int, Any]:
         """Status and answer, parsed where it is JSON."""
         headers, body = {}, None
-        if params is not None or file is not None:
+        if selector.startswith("/batch"):
+            headers, body = {"Content-Type": "application/json"}, json.dumps(params).encode()
+        elif params is not None or file is not None:
             text = params if isinstance(params, str) else json.dumps(params or {})
             headers = {"Content-Type": "multipart/form-data; boundary=xyz"}
             body = _form("xyz", {"params": text}, file).replace(b'name="file"', f'name="{part}"'.encode(), 1)
@@ -134,6 +136,15 @@ class Server:
         done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
+
+    def finished(self, selector: str) -> dict[str, Any]:
+        """A task of the background once it has ended."""
+        for _ in range(400):
+            _, task = self.ask("GET", selector)
+            if task["status"] not in ("SUBMITTED", "RUNNING"):
+                break
+            time.sleep(0.5)
+        return task
 
     def leftovers(self) -> list[str]:
         return files_in(self.studies / MODEL / "tmp") + files_in(self.studies / MODEL / "sessions")
@@ -278,6 +289,7 @@ REFUSED = {
     "unlike the training MRs, strictly": ("POST", INFER, {"strict": True}, 400, "not like the training MRs"),
     "another extension": ("POST", INFER, {"result_extension": ".exe"}, 400, "result_extension must be one of"),
     "a synthetic CT to learn from": ("POST", INFER, {"save_label": True, "label_tag": "final"}, 400, "learn from"),
+    "a label tag upwards": ("POST", INFER, {"save_label": True, "label_tag": "../../x"}, 400, "cannot be a name"),
     "options that are no JSON": ("POST", INFER, "{", 400, "not JSON"),
     "training an unknown model": ("POST", "/train/other", None, 404, "no model 'other'"),
     "training on nothing": ("POST", f"/train/{MODEL}?run_sync=true", None, 400, "at least two images"),
@@ -285,6 +297,7 @@ REFUSED = {
     "the bundle's weights": ("DELETE", f"/model/{MODEL}", None, 404, "NOT Found"),
     "removing an unknown image": ("DELETE", "/datastore/image?id=nobody", None, 404, "nobody"),
     "an unknown label": ("GET", "/datastore/label?label=mr&tag=other", None, 404, "NOT Found"),
+    "a dataset of nothing": ("GET", "/datastore/dataset", None, 404, "nothing to download"),
     "an unknown strategy": ("POST", "/activelearning/other", None, 404, "other"),
 }  # fmt: skip
 
@@ -337,6 +350,15 @@ def test_without_weights_a_sentence_and_with_them_again_a_synthetic_ct(server):
 
 
 # a server among people
+
+
+@live
+def test_a_batch_is_synthesised_in_the_background(server, by_bundle):
+    shutil.rmtree(server.studies / "labels" / "original", ignore_errors=True)
+    assert server.ask("POST", f"/batch/infer/{MODEL}", SETTINGS)[0] == 200
+    task = server.finished("/batch/infer")
+    assert task["status"] == "DONE", task
+    assert_same(server.studies / "labels" / "original" / "mr.nii.gz", by_bundle / "mr_sct.nii.gz")
 
 
 @live
@@ -406,11 +428,7 @@ def test_training_changes_the_weights_and_the_next_inference_uses_them(server, b
         server.client(tmp_path, "upload_image", image_in=str(pair[0]), image_id=f"pair{n}")
         server.client(tmp_path, "save_label", image_id=f"pair{n}", label_in=str(pair[1]), tag="final")
     server.client(tmp_path, "train_start", model=MODEL, params={"max_epochs": 1, "steps_per_epoch": 2, "versions": 1})
-    for _ in range(400):
-        status, task = server.ask("GET", "/train/")
-        if task["status"] not in ("SUBMITTED", "RUNNING"):
-            break
-        time.sleep(0.5)
+    task = server.finished("/train/")
     assert task["status"] == "DONE", task
     stats = server.client(tmp_path, "info")["train_stats"][MODEL]
     path, answer = server.client(tmp_path, "infer", model=MODEL, image_id="mr", params=SETTINGS)

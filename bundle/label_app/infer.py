@@ -15,7 +15,7 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
 from bundle.label_app.options import Option, chosen
-from bundle.label_app.studies import Studies, called, check_volume_file
+from bundle.label_app.studies import Studies, called, check_name, check_volume_file
 from bundle.workflow import ROOT, inference_workflow
 from custom_modules.pairs import is_on
 from custom_modules.volumes import EXTENSIONS, InputError, beside
@@ -67,7 +67,9 @@ class Synthesis(InferTask):
         """
         settings = chosen(self.options, request)
         image_id, path = self.studies.resolve(str(request.get("image") or ""))
-        tag = str(request.get("label_tag") or DefaultLabelTag.ORIGINAL.value)
+        tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL
+        tag = str(tag.value if isinstance(tag, DefaultLabelTag) else tag)
+        check_name(tag)
         if tag == DefaultLabelTag.FINAL.value:
             raise InputError(f"label_tag '{tag}' is for CTs to learn from; keep a synthetic CT under another")
         with called(path, f"image '{image_id}'" if image_id else "the image"), self.lock:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
 from monailabel.config import settings
@@ -100,6 +101,10 @@ class SyntheticCTApp(MONAILabelApp):
 
     infer_wsi = infer
 
+    def batch_infer(self, request: dict[str, Any], datastore: Studies | None = None) -> dict[str, Any]:
+        """MONAI Label's, which without this divides by the number of GPUs where there is none."""
+        return super().batch_infer({**request, "multi_gpu": torch.cuda.is_available()}, datastore)
+
     def bundle_path(self, model: str | None) -> str | None:
         """Asked for before a task goes to the background: the last place to refuse an unknown model in the answer."""
         if model is not None:
@@ -125,7 +130,7 @@ async def refuse(request: Request, error: Exception) -> JSONResponse:
     Label handles requests one after another in its event loop, as this is, so that no other's is there."""
     for upload in Path(tempfile.gettempdir()).glob("tmp*"):
         remove_file(str(upload))
-    status, detail = 500, " ".join(f"{type(error).__name__}: {error}".split())
+    status, detail = 500, f"{type(error).__name__}: {error}"
     if isinstance(error, HTTPException):
         status, detail = error.status_code, error.detail
     elif isinstance(error, InputError):
@@ -134,5 +139,6 @@ async def refuse(request: Request, error: Exception) -> JSONResponse:
         status, detail = 404, error.msg
     elif isinstance(error, json.JSONDecodeError):
         status, detail = 400, f"not JSON: {error}"
+    detail = " ".join(str(detail).replace(f"{settings.MONAI_LABEL_STUDIES}/", "").split())  # the client knows no folder
     logger.warning("%s %s: %s %s", request.method, request.url.path, status, detail)
     return JSONResponse({"detail": detail}, status_code=status)

@@ -93,6 +93,11 @@ class Studies(LocalDatastore):
             check_volume_file(label_filename, label_map=True)
         return self.keep(image_id, label_filename, label_tag, label_info)
 
+    def get_dataset_archive(self, limit_cases: int | None) -> str:
+        if not self.datalist():
+            raise NotFound("no image of the datastore has a 'final' label, there is nothing to download")
+        return super().get_dataset_archive(limit_cases)
+
     def keep(self, image_id: str, label_filename: str | Path, label_tag: str, label_info: dict[str, Any]) -> str:
         """:meth:`save_label` for a volume that the server itself made."""
         return super().save_label(image_id, str(label_filename), label_tag, label_info)
