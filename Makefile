@@ -28,7 +28,7 @@ test-slow: .venv/installed
 	$(LABEL) -m pip install --quiet --no-deps monailabel==0.8.5 pydicom-seg==0.4.1
 	touch $@
 
-label: .venv-label/installed
+label: $(if $(STUDIES),.venv-label/installed)
 	@test -n "$(STUDIES)" || { echo "say which folder has the images: make label STUDIES=DIR"; exit 1; }
 	$(LABEL) -m monailabel.main start_server --app bundle/label_app --studies "$(STUDIES)" --host 127.0.0.1 --port $(PORT)
 

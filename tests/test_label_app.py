@@ -160,7 +160,7 @@ class Server:
 @pytest.fixture(scope="module")
 def mr(tmp_path_factory) -> Path:
     """An oblique MR of a few seconds' work."""
-    values, _, _ = torso_phantom(shape=(40, 36, 30), spacing=4.0)
+    values, _, _ = torso_phantom(shape=(30, 28, 24), spacing=4.0)
     affine = from_matvec(euler2mat(0.2, -0.15, 0.3) @ np.diag([2.0, 2, 2.5]), [10, -200, 30])
     return save(tmp_path_factory.mktemp("mr") / "mr.nii.gz", values, affine)
 
@@ -423,7 +423,7 @@ def test_web_pages_of_others_may_not_read_answers(server):
 def test_training_changes_the_weights_and_the_next_inference_uses_them(server, by_bundle, tmp_path):
     shipped = sha256(server.weights)
     for n in range(2):
-        mr, ct, affine = torso_phantom(shape=(36, 32, 32), spacing=4.0, seed=n)
+        mr, ct, affine = torso_phantom(shape=(24, 24, 24), spacing=4.0, seed=n)
         pair = save(tmp_path / f"mr{n}.nii.gz", mr, affine), save(tmp_path / f"ct{n}.nii.gz", ct, affine)
         server.client(tmp_path, "upload_image", image_in=str(pair[0]), image_id=f"pair{n}")
         server.client(tmp_path, "save_label", image_id=f"pair{n}", label_in=str(pair[1]), tag="final")

@@ -63,7 +63,7 @@ def server() -> Iterator[ThreadingHTTPServer]:
     server.seen, server.release, server.refusal = [], threading.Event(), ""
     server.release.set()
     server.address = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server
     server.release.set()
     server.shutdown()
