@@ -23,6 +23,7 @@ import pytest
 from conftest import INFERENCE, ROOT, files_in, save
 from nibabel.affines import from_matvec
 from nibabel.eulerangles import euler2mat
+from test_volumes import save_series
 
 from bundle.label_app.options import Option, chosen
 from bundle.phantom import torso_phantom
@@ -220,6 +221,17 @@ def test_an_upload_in_the_request_and_a_session_get_the_same(server, by_bundle, 
     assert server.ask("DELETE", f"/session/{session}")[0] == 200
     server.wait_until_idle()
     assert server.leftovers() == []
+
+
+@live
+def test_a_dicom_series_in_the_studies_folder_by_its_path(server, tmp_path):
+    values, _, _ = torso_phantom(shape=(20, 20, 20), spacing=4.0)
+    series = save_series(server.studies / "patient" / "series", values.T.astype(int))
+    answer = Client(server.address).infer(MODEL, "patient/series", {}, tmp_path / "sct.nrrd")
+    sct, mr = read_volume(tmp_path / "sct.nrrd"), read_volume(series)
+    shutil.rmtree(series.parent)
+    assert sct.shape == mr.shape and answer["result_kind"] == "scalar_volume"
+    np.testing.assert_allclose(sct.affine, mr.affine, atol=1e-3)
 
 
 @live
@@ -424,6 +436,7 @@ def test_training_changes_the_weights_and_the_next_inference_uses_them(server, b
     shipped = sha256(server.weights)
     for n in range(2):
         mr, ct, affine = torso_phantom(shape=(24, 24, 24), spacing=4.0, seed=n)
+        ct += np.random.default_rng(n).normal(0, 15, ct.shape).astype(np.float32)  # or both would be one patient
         pair = save(tmp_path / f"mr{n}.nii.gz", mr, affine), save(tmp_path / f"ct{n}.nii.gz", ct, affine)
         server.client(tmp_path, "upload_image", image_in=str(pair[0]), image_id=f"pair{n}")
         server.client(tmp_path, "save_label", image_id=f"pair{n}", label_in=str(pair[1]), tag="final")
