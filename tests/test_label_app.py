@@ -1,4 +1,5 @@
-"""The MONAI Label app, live: a server in its own environment, MONAI Label's client and the Slicer module's, bad input."""
+"""The MONAI Label app, live: a server in its own environment, MONAI Label's client and the Slicer module's; bad
+input."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ from SyntheticCTLib.client import Client, ServerError, _form  # noqa: E402
 PYTHON = ROOT / ".venv-label" / "bin" / "python"
 live = pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-label; make test-label makes it and runs these")
 MODEL, SETTINGS = "synthetic_ct", {"seed": 3, "num_samples": 2}
-PLUGIN = {"result_extension": ".nrrd", "result_dtype": "uint8", "result_compress": False}  # what the Slicer plugin sends
+PLUGIN = {"result_extension": ".nrrd", "result_dtype": "uint8", "result_compress": False}  # as the Slicer plugin
 REAL_CLIENT = """
 import json, sys
 from monailabel.client import MONAILabelClient
@@ -48,8 +49,10 @@ print(json.dumps(getattr(client, sys.argv[3])(**json.loads(sys.argv[4]))))
 # options
 
 
-OPTIONS = {"steps": Option(1, 1, 1000), "rate": Option(0.5, 0, 1), "window": Option([-1.0, 2.0]), "strict": Option(False)}
-OPTIONS["way"] = Option("whole", choices=("whole", "windows"))
+OPTIONS = {
+    "steps": Option(1, 1, 1000), "rate": Option(0.5, 0, 1), "window": Option([-1.0, 2.0]), "strict": Option(False),
+    "way": Option("whole", choices=("whole", "windows")),
+}  # fmt: skip
 
 
 def test_options_take_text_for_numbers_and_leave_the_rest_of_a_request_alone():
@@ -97,8 +100,8 @@ class Server:
             self.port = free.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}"
         command = [
-            PYTHON, "-m", "monailabel.main", "start_server", "--app", ROOT / "bundle" / "label_app", "--studies", self.studies,
-            "--host", "127.0.0.1", "--port", self.port, "--conf", "checkpoint", self.weights,
+            PYTHON, "-m", "monailabel.main", "start_server", "--app", ROOT / "bundle" / "label_app",
+            "--studies", self.studies, "--host", "127.0.0.1", "--port", self.port, "--conf", "checkpoint", self.weights,
         ]  # fmt: skip
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         with self.log.open("ab") as log:
@@ -329,7 +332,8 @@ def test_a_bad_request_is_answered_with_4xx_and_a_sentence(server, case):
 def test_an_upload_that_is_no_image_is_refused_everywhere_and_leaves_nothing(server, tmp_path, case):
     file = files_to_refuse(tmp_path)[case]
     before = files_in(server.studies)
-    roads = [("POST", f"/infer/{MODEL}", "file"), ("PUT", "/datastore/image?image=new", "file"), ("PUT", "/session/", "files")]
+    roads = [("POST", f"/infer/{MODEL}", "file"), ("PUT", "/datastore/image?image=new", "file")]
+    roads += [("PUT", "/session/", "files")]
     if case != "label map":  # which a label may be; training refuses it then
         roads.append(("PUT", "/datastore/label?image=mr&tag=final", "label"))
     for method, selector, part in roads:

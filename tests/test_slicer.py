@@ -1,5 +1,5 @@
-"""The Slicer module without 3D Slicer: its client against a server of a few lines, its widgets over stand-ins. What Qt and
-MRML really do is not tested here; SyntheticCTTest in the module is for that, in Slicer."""
+"""The Slicer module without 3D Slicer: its client against a server of a few lines, its widgets over stand-ins. What Qt
+and MRML really do is not tested here; SyntheticCTTest in the module is for that, in Slicer."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.release.wait(20)
             if self.server.refusal:
                 return self._answer(400, json.dumps({"detail": self.server.refusal}).encode())
-            answer = {**ANSWER, "uncertainty": {"label": "x", "tag": "uncertainty"} if b'"num_samples": 2' in body else None}
+            spread = {"label": "x", "tag": "uncertainty"} if b'"num_samples": 2' in body else None
+            answer = {**ANSWER, "uncertainty": spread}
             head = b'--edge\r\nContent-Disposition: form-data; name="params"\r\n\r\n' + json.dumps(answer).encode()
             file = b'\r\n--edge\r\nContent-Disposition: form-data; name="image"; filename="a.nrrd"\r\n\r\n' + VOLUME
             return self._answer(200, head + file + b"\r\n--edge--\r\n", "multipart/form-data; boundary=edge")

@@ -55,9 +55,9 @@ class Synthesis(InferTask):
     def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Synthesise the CT of ``request["image"]``, an id or path in the studies folder.
 
-        ``result_extension`` is one of the road's, the MR's own without it. ``save_label`` keeps the answer as the image's
-        label ``label_tag``, ``save_image`` as an image ``<id>_sct``; both are for images of the datastore. So is the
-        standard deviation of several samples, which is kept as their label ``uncertainty``.
+        ``result_extension`` is one of the road's, the MR's own without it. ``save_label`` keeps the answer as the
+        image's label ``label_tag``, ``save_image`` as an image ``<id>_sct``; both are for images of the datastore. So is
+        the standard deviation of several samples, which is kept as their label ``uncertainty``.
 
         Returns:
             The file, which is the caller's to remove, and what is said with it.
@@ -99,8 +99,9 @@ class Synthesis(InferTask):
     def _run(self, volume: dict[str, str], folder: str, settings: dict[str, Any]) -> dict[str, Any]:
         """The bundle's inference of one volume into ``folder``; its record as an answer to a client."""
         workflow = inference_workflow(
-            logging_file=False, output_dir=folder, checkpoint=str(self.checkpoint()), **{"dataset#data": [volume]}, **settings
-        )
+            logging_file=False, output_dir=folder, checkpoint=str(self.checkpoint()),
+            **{"dataset#data": [volume]}, **settings,
+        )  # fmt: skip
         try:
             workflow.run()
         except SystemExit as error:  # the road's way to end with a sentence

@@ -75,8 +75,8 @@ class SyntheticCTApp(MONAILabelApp):
         return CheckedSessions(settings.MONAI_LABEL_SESSION_PATH, settings.MONAI_LABEL_SESSION_EXPIRY) if load else None
 
     def on_init_complete(self) -> None:
-        """What only the server does, and not the processes that it trains in: temporary files get a folder, emptied of what
-        a server before left; every error gets an answer; pages of other sites may not read what is on this machine."""
+        """What only the server does, and not the processes that it trains in: temporary files get a folder, emptied of
+        what a server before left; every error gets an answer; pages of other sites may not read what is here."""
         from monailabel.app import CORSMiddleware
         from monailabel.app import app as server
 
@@ -126,8 +126,8 @@ class SyntheticCTApp(MONAILabelApp):
 
 
 async def refuse(request: Request, error: Exception) -> JSONResponse:
-    """Answer an error: 4xx and one sentence where the client can mend it. What was uploaded with the request goes; MONAI
-    Label handles requests one after another in its event loop, as this is, so that no other's is there."""
+    """Answer an error: 4xx and one sentence where the client can mend it. What was uploaded with the request goes;
+    MONAI Label handles requests one after another in its event loop, as this is, so that no other's is there."""
     for upload in Path(tempfile.gettempdir()).glob("tmp*"):
         remove_file(str(upload))
     status, detail = 500, f"{type(error).__name__}: {error}"

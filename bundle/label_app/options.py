@@ -62,8 +62,8 @@ class Option:
 
 
 def chosen(options: Mapping[str, Option], request: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of ``options`` in a request, checked, defaults where it has none. Whatever else a client sends, such as
-    the Slicer plugin's ``result_dtype``, is left alone.
+    """The values of ``options`` in a request, checked, defaults where it has none. Whatever else a client sends, such
+    as the Slicer plugin's ``result_dtype``, is left alone.
 
     Raises:
         InputError: for a value that an option cannot have.

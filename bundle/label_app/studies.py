@@ -63,8 +63,8 @@ class Studies(LocalDatastore):
         self.folder = Path(folder).resolve()
 
     def resolve(self, image: str) -> tuple[str | None, Path]:
-        """The id of an image, None where it has none, and its path. ``image`` is an id, or a path in the studies folder,
-        where uploads and sessions lie too.
+        """The id of an image, None where it has none, and its path. ``image`` is an id, or a path in the studies
+        folder, where uploads and sessions lie too.
 
         Raises:
             NotFound: when there is no such image, or the path leads out of the folder.

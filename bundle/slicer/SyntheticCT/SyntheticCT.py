@@ -1,5 +1,5 @@
-"""3D Slicer module: the synthetic CT of an MR from the bundle's MONAI Label server, laid over the MR. Widgets only; what is
-asked of the server is in SyntheticCTLib.client."""
+"""3D Slicer module: the synthetic CT of an MR from the bundle's MONAI Label server, laid over the MR. Widgets only; what
+is asked of the server is in SyntheticCTLib.client."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class SyntheticCT(ScriptedLoadableModule):
         parent.dependencies = []
         parent.contributors = ["The 3D-WLDM bundle developers"]
         parent.helpText = (
-            "Sends the chosen MR to the MONAI Label server of the 3D-WLDM bundle and shows the synthetic CT, in Hounsfield "
-            "units, over it. With two samples or more their standard deviation comes as a second volume."
+            "Sends the chosen MR to the MONAI Label server of the 3D-WLDM bundle and shows the synthetic CT, in "
+            "Hounsfield units, over it. With two samples or more their standard deviation comes as a second volume."
         )
         parent.acknowledgementText = "For research only: not for diagnosis, dose calculation or attenuation correction."
 

@@ -90,8 +90,8 @@ class Client:
         self, path: str | Path, model: str, options: Mapping[str, Any], folder: str | Path,
         report: Callable[[str], None] = lambda step: None,
     ) -> Synthesis:  # fmt: skip
-        """Send the MR in ``path``, fetch its synthetic CT and, of several samples, their standard deviation into ``folder``;
-        nothing of it stays in the datastore.
+        """Send the MR in ``path``, fetch its synthetic CT and, of several samples, their standard deviation into
+        ``folder``; nothing of it stays in the datastore.
 
         Args:
             report: is told each step as it begins.
@@ -120,7 +120,7 @@ class Client:
             Client(self.address).remove(image_id)
 
     def cancel(self) -> None:
-        """Give up the request that another thread waits for. The server finishes what it has begun and drops the result."""
+        """Give up the request that another thread waits for; the server finishes what it has begun and drops it."""
         self.cancelled = True
         if self.connection is not None and self.connection.sock is not None:
             with suppress(OSError):  # closed by the other end just now
@@ -173,10 +173,9 @@ def _form(boundary: str, fields: Mapping[str, str], file: Path | None) -> bytes:
     if file is not None:
         extension = "".join(file.suffixes[-2:] if file.name.endswith(".gz") else file.suffixes[-1:])
         parts.append((f'name="file"; filename="image{extension}"', file.read_bytes()))
-    lines = [
-        f"--{boundary}\r\nContent-Disposition: form-data; {name}\r\n\r\n".encode() + value + b"\r\n" for name, value in parts
-    ]
-    return b"".join([*lines, f"--{boundary}--\r\n".encode()])
+    head = f"--{boundary}\r\nContent-Disposition: form-data; "
+    form = [f"{head}{name}\r\n\r\n".encode() + value + b"\r\n" for name, value in parts]
+    return b"".join([*form, f"--{boundary}--\r\n".encode()])
 
 
 def _parts(content_type: str, body: bytes) -> dict[str, bytes]:
