@@ -1,6 +1,7 @@
 # make demo [MR=path]   synthetic CT of a real torso MR, or of yours
 # make test             the fast tests
 # make label STUDIES=DIR  MONAI Label server on http://127.0.0.1:8000 (PORT=8000) for the images in DIR
+# make test-label       its tests; `make test` runs them too once the server's environment is there
 PYTHON ?= python3
 PY := .venv/bin/python
 LABEL := .venv-label/bin/python

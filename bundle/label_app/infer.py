@@ -56,8 +56,8 @@ class Synthesis(InferTask):
         """Synthesise the CT of ``request["image"]``, an id or path in the studies folder.
 
         ``result_extension`` is one of the road's, the MR's own without it. ``save_label`` keeps the answer as the
-        image's label ``label_tag``, ``save_image`` as an image ``<id>_sct``; both are for images of the datastore. So is
-        the standard deviation of several samples, which is kept as their label ``uncertainty``.
+        image's label ``label_tag``, ``save_image`` as an image ``<id>_sct``; both are for images of the datastore. So
+        is the standard deviation of several samples, which is kept as their label ``uncertainty``.
 
         Returns:
             The file, which is the caller's to remove, and what is said with it.

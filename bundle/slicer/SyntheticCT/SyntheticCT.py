@@ -1,5 +1,5 @@
-"""3D Slicer module: the synthetic CT of an MR from the bundle's MONAI Label server, laid over the MR. Widgets only; what
-is asked of the server is in SyntheticCTLib.client."""
+"""3D Slicer module: the synthetic CT of an MR from the bundle's MONAI Label server, laid over the MR. Widgets only;
+what is asked of the server is in SyntheticCTLib.client."""
 
 from __future__ import annotations
 
