@@ -1,10 +1,14 @@
 # make demo [MR=path]   synthetic CT of a real torso MR, or of yours
 # make test             the fast tests
 # make package          the archive for the model zoo, verified on its own
+# make label STUDIES=DIR  MONAI Label server on http://127.0.0.1:8000 (PORT=8000) for the images in DIR
+# make test-label       its tests; `make test` runs them too once the server's environment is there
 PYTHON ?= python3
 PY := .venv/bin/python
+LABEL := .venv-label/bin/python
+PORT ?= 8000
 
-.PHONY: demo test test-slow bench package clean
+.PHONY: demo test test-slow test-label label bench package clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -20,6 +24,19 @@ test: .venv/installed
 test-slow: .venv/installed
 	$(PY) -m pytest -m slow
 
+.venv-label/installed: requirements-label.txt
+	$(PYTHON) -m venv .venv-label
+	$(LABEL) -m pip install --quiet --requirement requirements-label.txt
+	$(LABEL) -m pip install --quiet --no-deps monailabel==0.8.5 pydicom-seg==0.4.1
+	touch $@
+
+label: $(if $(STUDIES),.venv-label/installed)
+	@test -n "$(STUDIES)" || { echo "say which folder has the images: make label STUDIES=DIR"; exit 1; }
+	$(LABEL) -m monailabel.main start_server --app bundle/label_app --studies "$(STUDIES)" --host 127.0.0.1 --port $(PORT)
+
+test-label: .venv/installed .venv-label/installed
+	$(PY) -m pytest tests/test_label_app.py tests/test_slicer.py
+
 # ratios and costs, minutes to an hour; DATA=DIR takes real pairs
 bench: .venv/installed
 	$(PY) benchmarks/training.py $(if $(DATA),--dataset_dir "$(DATA)")
@@ -29,4 +46,4 @@ package: .venv/installed
 	$(PY) -m bundle package $(if $(SCHEMA),--schema "$(SCHEMA)")
 
 clean:
-	rm -rf .venv demo dist eval runs
+	rm -rf .venv .venv-label demo dist eval runs

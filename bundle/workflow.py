@@ -13,11 +13,14 @@ from custom_modules.volumes import InputError
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def inference_workflow(config: str | Sequence[str] = (), **settings: Any) -> ConfigWorkflow:
+def inference_workflow(
+    config: str | Sequence[str] = (), logging_file: str | bool | None = None, **settings: Any
+) -> ConfigWorkflow:
     """``configs/inference.yaml`` with ``settings`` in place of its own, initialised and ready to ``run()``.
 
     Args:
         config: overlays, such as ``configs/baselines/unet.yaml``, for the network of another config.
+        logging_file: False leaves the program's logging as it is; the bundle's logging.conf when None.
 
     Raises:
         InputError: for an overlay that is not there.
@@ -28,7 +31,7 @@ def inference_workflow(config: str | Sequence[str] = (), **settings: Any) -> Con
         if not Path(overlay).is_file():
             raise InputError(f"{overlay}: no such config")
     files = [str(ROOT / "configs" / "inference.yaml"), *overlays]
-    workflow = ConfigWorkflow(config_file=files, workflow_type="infer")
+    workflow = ConfigWorkflow(config_file=files, workflow_type="infer", logging_file=logging_file)
     for name, value in settings.items():
         if name not in workflow.parser:
             known = ", ".join(k for k in workflow.parser.get() if not isinstance(workflow.parser[k], (dict, list)))

@@ -1,0 +1,1 @@
+"""The bundle as a MONAI Label app (docs/label.md)."""

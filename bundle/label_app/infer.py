@@ -1,0 +1,119 @@
+"""The infer task: ``configs/inference.yaml`` on the image of a request."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from monai.bundle import ConfigParser
+from monailabel.interfaces.datastore import DefaultLabelTag
+from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
+
+from bundle.label_app.options import Option, chosen
+from bundle.label_app.studies import Studies, called, check_name, check_volume_file
+from bundle.workflow import ROOT, inference_workflow
+from custom_modules.pairs import is_on
+from custom_modules.volumes import EXTENSIONS, InputError, beside
+
+UNCERTAINTY = "uncertainty"  # label tag of the samples' standard deviation
+
+
+class Synthesis(InferTask):
+    """MR to synthetic CT, int16 HU on the MR's grid.
+
+    One request at a time; each reads the weights anew, so that it runs with those that stand there.
+
+    Args:
+        studies: of the server.
+        checkpoint: gives the weights in use.
+    """
+
+    def __init__(self, studies: Studies, checkpoint: Callable[[], Path]) -> None:
+        config = ConfigParser.load_config_file(str(ROOT / "configs" / "inference.yaml"))
+        self.options = {
+            "num_inference_steps": Option(config["num_inference_steps"], 1, config["num_train_timesteps"]),
+            "num_samples": Option(config["num_samples"], 1, 64),
+            "seed": Option(config["seed"], 0, 2**53),  # what JSON carries exactly
+            "output": Option(config["output"], choices=("mean", "sample")),
+            "sampling": Option(config["sampling"], choices=("whole", "windows")),
+            "hu_window": Option(config["hu_window"]),
+            "strict": Option(config["strict"]),
+        }
+        description = "Synthetic CT in Hounsfield units from MR, a scalar volume on the MR's grid"
+        shown = {name: option.shown() for name, option in self.options.items()}
+        super().__init__(InferType.OTHERS, None, 3, description, {**shown, "save_label": False, "save_image": False})
+        self.studies, self.checkpoint, self.lock = studies, checkpoint, Lock()
+
+    def is_valid(self) -> bool:
+        return True
+
+    def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Synthesise the CT of ``request["image"]``, an id or path in the studies folder.
+
+        ``result_extension`` is one of the road's, the MR's own without it. ``save_label`` keeps the answer as the
+        image's label ``label_tag``, ``save_image`` as an image ``<id>_sct``; both are for images of the datastore. So
+        is the standard deviation of several samples, which is kept as their label ``uncertainty``.
+
+        Returns:
+            The file, which is the caller's to remove, and what is said with it.
+
+        Raises:
+            InputError: for an option, image or weights that cannot be used.
+        """
+        settings = chosen(self.options, request)
+        image_id, path = self.studies.resolve(str(request.get("image") or ""))
+        tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL
+        tag = str(tag.value if isinstance(tag, DefaultLabelTag) else tag)
+        check_name(tag)
+        if tag == DefaultLabelTag.FINAL.value:
+            raise InputError(f"label_tag '{tag}' is for CTs to learn from; keep a synthetic CT under another")
+        with called(path, f"image '{image_id}'" if image_id else "the image"), self.lock:
+            volume = check_volume_file(path)
+            extension = self._extension(request.get("result_extension") or volume["output"])
+            # named apart from uploads, which are removed when a request fails
+            with tempfile.TemporaryDirectory(prefix="result") as folder:
+                made, result = Path(folder) / f"sct{extension}", f"{folder}_sct{extension}"
+                answer = self._run({"image": volume["image"], "output": made.name}, folder, settings)
+                if image_id and is_on(request.get("save_label", False)):
+                    self.studies.keep(image_id, made, tag, {"params": answer})
+                if image_id and is_on(request.get("save_image", False)):
+                    self.studies.add_image(f"{image_id}_sct", str(made), {"params": answer})
+                if image_id and beside(made, "_sd").exists():
+                    answer["uncertainty"] = {"label": image_id, "tag": UNCERTAINTY, "units": "HU"}
+                    self.studies.keep(image_id, beside(made, "_sd"), UNCERTAINTY, {"params": answer})
+                os.replace(made, result)
+        return result, answer
+
+    @staticmethod
+    def _extension(name: str) -> str:
+        extension = next((e for e in EXTENSIONS if str(name).lower().endswith(e)), None)
+        if extension is None:
+            raise InputError(f"result_extension must be one of {', '.join(EXTENSIONS)}, got '{name}'")
+        return extension
+
+    def _run(self, volume: dict[str, str], folder: str, settings: dict[str, Any]) -> dict[str, Any]:
+        """The bundle's inference of one volume into ``folder``; its record as an answer to a client."""
+        workflow = inference_workflow(
+            logging_file=False, output_dir=folder, checkpoint=str(self.checkpoint()),
+            **{"dataset#data": [volume]}, **settings,
+        )  # fmt: skip
+        try:
+            workflow.run()
+        except SystemExit as error:  # the road's way to end with a sentence
+            raise InputError(str(error).splitlines()[-1].strip().removeprefix("error: ")) from error
+        record = json.loads(beside(Path(folder) / volume["output"], "", ".json").read_text())
+        guard = record["guard"] or {}
+        return {
+            "result_kind": "scalar_volume",
+            "units": "HU",
+            "seed": settings["seed"],
+            "warnings": guard.get("warnings", []),
+            "guard_score": guard.get("score"),
+            "uncertainty": None,
+            **{name: value for name, value in record.items() if name not in ("input", "output", "guard")},
+        }

@@ -1,0 +1,119 @@
+"""The studies folder of the server: images and labels under plain names, and nothing in or out by any other path."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from monailabel.datastore.local import LocalDatastore
+from monailabel.utils.sessions import Sessions
+
+from custom_modules.volumes import EXTENSIONS, InputError, find_volumes, read_volume
+
+LABEL_MAP_VALUES = 32  # whole numbers that a label map may hold; a magnitude image has hundreds
+
+
+class NotFound(InputError):
+    """Something that the client names is not there."""
+
+
+@contextmanager
+def called(path: str | Path, name: str) -> Iterator[None]:
+    """Errors about ``path``, which is the server's business, speak of ``name``, which the client knows."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(str(error).replace(str(path), name)) from error
+
+
+def check_volume_file(path: str | Path, label_map: bool = False) -> dict[str, str]:
+    """The one volume in ``path``, as :func:`~custom_modules.volumes.find_volumes` lists it.
+
+    Args:
+        label_map: let a label map pass; a CT that is no CT is the training's to refuse.
+
+    Raises:
+        InputError: for anything but one sound volume, and for a label map.
+    """
+    found = find_volumes(path)
+    if len(found) > 1:
+        raise InputError(f"{path}: holds {len(found)} volumes; give one")
+    values = np.asarray(read_volume(found[0]["image"])).ravel()
+    distinct = np.unique(values[:: max(1, values.size // 10**6)])
+    if not label_map and len(distinct) <= LABEL_MAP_VALUES and (distinct == distinct.round()).all():
+        raise InputError(f"{path}: holds only {len(distinct)} whole numbers, as a label map does; give an MR")
+    return found[0]
+
+
+def check_name(name: str) -> None:
+    """Raise InputError unless ``name`` can be a file's name and no path."""
+    if not re.fullmatch(r"\w[\w .+-]*", name):
+        raise InputError(f"'{name}' cannot be a name; take letters, digits, blanks and . _ + -")
+
+
+class Studies(LocalDatastore):
+    """MONAI Label's folder of images with labels, which takes volumes only and keeps every path inside."""
+
+    def __init__(self, folder: str, **kwargs: Any) -> None:
+        super().__init__(folder, extensions=[f"*{extension}" for extension in EXTENSIONS], **kwargs)
+        self.folder = Path(folder).resolve()
+
+    def resolve(self, image: str) -> tuple[str | None, Path]:
+        """The id of an image, None where it has none, and its path. ``image`` is an id, or a path in the studies
+        folder, where uploads and sessions lie too.
+
+        Raises:
+            NotFound: when there is no such image, or the path leads out of the folder.
+        """
+        uri = self.get_image_uri(image)
+        if uri:
+            return image, Path(uri)
+        try:
+            path = (self.folder / image).resolve()
+            inside = path.exists() and path != self.folder and path.is_relative_to(self.folder)
+        except (OSError, ValueError):
+            inside = False
+        if not inside:
+            raise NotFound(f"no image '{image}' in the studies folder; GET /datastore/?output=all lists them")
+        return None, path
+
+    def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
+        check_name(image_id)
+        with called(image_filename, f"image '{image_id}'"):
+            check_volume_file(image_filename)
+        return super().add_image(image_id, image_filename, image_info)
+
+    def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
+        check_name(label_tag)
+        with called(label_filename, f"label of '{image_id}'"):
+            check_volume_file(label_filename, label_map=True)
+        return self.keep(image_id, label_filename, label_tag, label_info)
+
+    def get_dataset_archive(self, limit_cases: int | None) -> str:
+        if not self.datalist():
+            raise NotFound("no image of the datastore has a 'final' label, there is nothing to download")
+        return super().get_dataset_archive(limit_cases)
+
+    def keep(self, image_id: str, label_filename: str | Path, label_tag: str, label_info: dict[str, Any]) -> str:
+        """:meth:`save_label` for a volume that the server itself made."""
+        return super().save_label(image_id, str(label_filename), label_tag, label_info)
+
+
+class CheckedSessions(Sessions):
+    """MONAI Label's sessions, an uploaded image each, for one volume or DICOM series."""
+
+    def add_session(
+        self, data_file: str, expiry: int = 0, uncompress: bool = False, session_id: str | None = None
+    ) -> Any:
+        if uncompress:
+            raise InputError("archives are not unpacked; send the volume itself, or the files of a DICOM series")
+        with called(data_file, "the upload"):
+            check_volume_file(data_file)
+        return super().add_session(data_file, expiry, session_id=session_id)
+
+    def get_session(self, session_id: str, update_ts: bool = True, fetch_cache: bool = True) -> Any:
+        return super().get_session(session_id, update_ts, fetch_cache) if re.fullmatch(r"[\w-]+", session_id) else None

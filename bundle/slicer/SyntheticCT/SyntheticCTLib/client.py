@@ -1,0 +1,190 @@
+"""Talks to the bundle's MONAI Label server. Python's own library only: runs in 3D Slicer's Python and in any other."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode, urlsplit
+
+
+class ServerError(Exception):
+    """The server refused, or does not answer; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """What came back.
+
+    Args:
+        volume: file of the synthetic CT, int16 HU on the MR's grid.
+        uncertainty: file of its standard deviation in HU; None for one sample.
+        answer: what the server says with it, such as ``seed``, ``model_sha256`` and ``warnings``.
+    """
+
+    volume: Path
+    uncertainty: Path | None
+    answer: dict[str, Any]
+
+
+class Client:
+    """One request at a time to the server at ``address``, such as ``http://127.0.0.1:8000``.
+
+    Args:
+        timeout: seconds without an answer; a synthesis takes minutes, and the server answers in turn.
+
+    Raises:
+        ServerError: every method, when the server refuses, is not there, or :meth:`cancel` was called.
+    """
+
+    def __init__(self, address: str, timeout: float | None = None) -> None:
+        self.timeout, self.address = timeout, address.strip().rstrip("/")
+        try:
+            parts = urlsplit(self.address)
+            self.kind = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}[parts.scheme]
+            self.host, self.port, self.path = parts.hostname, parts.port, parts.path
+        except (KeyError, ValueError) as error:
+            raise ServerError(f"'{address}' is no address; give one such as http://127.0.0.1:8000") from error
+        self.cancelled = False
+        self.connection: http.client.HTTPConnection | None = None
+
+    def models(self) -> dict[str, dict[str, Any]]:
+        """The models of the server, each with its options: name to default, a list being a choice."""
+        info = self._json("GET", "/info/")
+        return {name: model["config"] for name, model in info["models"].items()}
+
+    def upload(self, path: str | Path, image_id: str) -> None:
+        """Send a volume to the server's datastore."""
+        self._json("PUT", f"/datastore/image?{urlencode({'image': image_id})}", file=Path(path))
+
+    def remove(self, image_id: str) -> None:
+        """Delete an image and its labels from the datastore."""
+        self._json("DELETE", f"/datastore/image?{urlencode({'id': image_id})}")
+
+    def infer(self, model: str, image_id: str, options: Mapping[str, Any], target: str | Path) -> dict[str, Any]:
+        """Synthesise the CT of an image of the datastore into the file ``target``; returns what the server says."""
+        fields = {"params": json.dumps({**options, "result_extension": "".join(Path(target).suffixes)})}
+        selector = f"/infer/{quote(model, safe='')}?{urlencode({'image': image_id})}"
+        content_type, body = self._request("POST", selector, fields)
+        parts = _parts(content_type, body)
+        if not {"params", "image"} <= parts.keys():
+            raise ServerError(f"{self.address} sent no volume")
+        Path(target).write_bytes(parts["image"])
+        return json.loads(parts["params"])
+
+    def label(self, label: str, tag: str, target: str | Path) -> Path:
+        """Fetch a label of the datastore into the file ``target``."""
+        _, body = self._request("GET", f"/datastore/label?{urlencode({'label': label, 'tag': tag})}")
+        Path(target).write_bytes(body)
+        return Path(target)
+
+    def synthesize(
+        self, path: str | Path, model: str, options: Mapping[str, Any], folder: str | Path,
+        report: Callable[[str], None] = lambda step: None,
+    ) -> Synthesis:  # fmt: skip
+        """Send the MR in ``path``, fetch its synthetic CT and, of several samples, their standard deviation into
+        ``folder``; nothing of it stays in the datastore.
+
+        Args:
+            report: is told each step as it begins.
+        """
+        image_id = f"slicer_{uuid.uuid4().hex[:12]}"
+        try:
+            report("sending the MR")
+            self.upload(path, image_id)
+            report("synthesising")
+            volume = Path(folder) / "sct.nrrd"
+            answer = self.infer(model, image_id, options, volume)
+            spread = answer.get("uncertainty")
+            if spread:
+                report("fetching the uncertainty")
+                spread = self.label(spread["label"], spread["tag"], Path(folder) / "uncertainty.nrrd")
+        finally:
+            # after a cancelled request the server answers only when it is done with that, which nobody should wait for
+            removal = threading.Thread(target=self._remove, args=(image_id,), daemon=True)
+            removal.start()
+            if not self.cancelled:
+                removal.join()
+        return Synthesis(volume, spread, answer)
+
+    def _remove(self, image_id: str) -> None:
+        with suppress(ServerError):  # a server that is gone has said so before
+            Client(self.address).remove(image_id)
+
+    def cancel(self) -> None:
+        """Give up the request that another thread waits for; the server finishes what it has begun and drops it."""
+        self.cancelled = True
+        if self.connection is not None and self.connection.sock is not None:
+            with suppress(OSError):  # closed by the other end just now
+                self.connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def _json(self, method: str, selector: str, file: Path | None = None) -> Any:
+        _, body = self._request(method, selector, {"params": "{}"} if file else None, file)
+        try:
+            return json.loads(body)
+        except ValueError as error:
+            raise ServerError(f"{self.address} is no MONAI Label server") from error
+
+    def _request(
+        self, method: str, selector: str, fields: Mapping[str, str] | None = None, file: Path | None = None
+    ) -> tuple[str, bytes]:
+        """Content type and body of the answer to a request, with ``fields`` and a file as a form."""
+        headers, form = {}, None
+        if fields is not None:
+            boundary = uuid.uuid4().hex
+            headers, form = {"Content-Type": f"multipart/form-data; boundary={boundary}"}, _form(boundary, fields, file)
+        self.connection = self.kind(self.host, self.port, timeout=self.timeout)
+        try:
+            if self.cancelled:
+                raise ServerError("cancelled")
+            self.connection.request(method, self.path + selector, form, headers)
+            response = self.connection.getresponse()
+            body = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            if self.cancelled:
+                raise ServerError("cancelled") from error
+            raise ServerError(f"no answer from {self.address} ({error}); is the server running, or busy?") from error
+        finally:
+            self.connection.close()
+        if response.status >= 400:
+            raise ServerError(_detail(body) or f"{self.address} answered {response.status} {response.reason}")
+        return response.getheader("Content-Type", ""), body
+
+
+def _detail(body: bytes) -> str:
+    """The sentence of a refusal, as FastAPI gives it."""
+    try:
+        return str(json.loads(body)["detail"])
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def _form(boundary: str, fields: Mapping[str, str], file: Path | None) -> bytes:
+    """multipart/form-data (RFC 7578)."""
+    parts = [(f'name="{name}"', value.encode()) for name, value in fields.items()]
+    if file is not None:
+        extension = "".join(file.suffixes[-2:] if file.name.endswith(".gz") else file.suffixes[-1:])
+        parts.append((f'name="file"; filename="image{extension}"', file.read_bytes()))
+    head = f"--{boundary}\r\nContent-Disposition: form-data; "
+    form = [f"{head}{name}\r\n\r\n".encode() + value + b"\r\n" for name, value in parts]
+    return b"".join([*form, f"--{boundary}--\r\n".encode()])
+
+
+def _parts(content_type: str, body: bytes) -> dict[str, bytes]:
+    """The parts of a multipart answer by name."""
+    boundary = re.search(r'boundary="?([^";]+)', content_type)
+    found = {}
+    for part in body.split(b"--" + boundary[1].encode())[1:-1] if boundary else []:
+        head, _, content = part.partition(b"\r\n\r\n")
+        name = re.search(rb'name="([^"]*)"', head)
+        if name:
+            found[name[1].decode()] = content[:-2]
+    return found
