@@ -35,9 +35,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from bundle.cleaning import RemoveCouchd  # noqa: E402
+from bundle.patients import Patient  # noqa: E402
 from bundle.phantom import whole_body_phantom  # noqa: E402
 from bundle.prepare import Settings, choose, clean, prepare_patient, write_text  # noqa: E402
-from bundle.patients import Patient  # noqa: E402
 from bundle.prepare_report import overlay  # noqa: E402
 from bundle.registration import PARAMETERS, measure, measure_motion, on_grid, register  # noqa: E402
 from custom_modules.evaluation import _lookup_index, fit_lookup  # noqa: E402

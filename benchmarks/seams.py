@@ -16,8 +16,8 @@ import fire
 import numpy as np
 import torch
 from monai.data import load_decathlon_datalist
-from monai.inferers.utils import _get_scan_interval
 from monai.data.utils import dense_patch_slices
+from monai.inferers.utils import _get_scan_interval
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bundle.workflow import inference_workflow  # noqa: E402

@@ -16,8 +16,7 @@ from bundle.prepare import prepare
 from bundle.report import report
 from bundle.ship import ship
 from bundle.synthesize import synthesize
-from custom_modules.volumes import InputError
-
+from custom_modules.errors import InputError
 
 COMMANDS = [synthesize, evaluate, report, calibrate, guard, prepare, phantom, demo, ship, export, package]
 

@@ -10,12 +10,14 @@ import numpy as np
 from tqdm import tqdm
 
 from bundle.workflow import ROOT, inference_workflow
+from custom_modules.errors import InputError
 from custom_modules.guard import fit
 from custom_modules.metrics import ct_body_mask
 from custom_modules.pairs import load_pairs
 from custom_modules.sidecar import sha256, write_json
 from custom_modules.uncertainty import coverage, fit_scale
-from custom_modules.volumes import InputError, beside, read_volume
+from custom_modules.volumes import beside, read_volume
+
 
 def calibrate(
     dataset_dir: str,

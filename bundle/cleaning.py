@@ -8,14 +8,14 @@ from typing import Any
 import itk
 import numpy as np
 import torch
-from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.data.itk_torch_bridge import metatensor_to_itk_image
 from monai.transforms import MapTransform, ResampleToMatch, Spacing
 from scipy import ndimage
 
+from custom_modules.errors import InputError
 from custom_modules.transforms import body_mask, fill_holes_by_slice
-from custom_modules.volumes import AIR_HU, InputError
+from custom_modules.volumes import AIR_HU
 
 TISSUE_HU = -300.0
 COARSE = 2.0  # mm, the grid on which the body is told from the couch

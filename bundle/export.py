@@ -21,9 +21,10 @@ from torch.fx.experimental import _config as fx_config
 
 from bundle.phantom import torso_phantom
 from bundle.workflow import inference_workflow
+from custom_modules.errors import InputError
 from custom_modules.inferer import pad_to_windows
 from custom_modules.synthesizer import MODALITIES, Synthesizer
-from custom_modules.volumes import InputError, writable_or_stop
+from custom_modules.volumes import writable_or_stop
 
 TOLERANCE = 1e-3  # largest difference from PyTorch, of latents with standard deviation 1 and of images in [-1, 1]
 

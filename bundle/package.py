@@ -16,7 +16,8 @@ import nibabel as nib
 from bundle import verification
 from bundle.phantom import torso_phantom
 from bundle.workflow import ROOT
-from custom_modules.volumes import InputError, writable_or_stop
+from custom_modules.errors import InputError
+from custom_modules.volumes import writable_or_stop
 
 # of the phantoms: a slab of a torso, so that a step with the whole networks takes seconds
 PHANTOM = {"shape": (40, 30, 8), "spacing": 8.0}

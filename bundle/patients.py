@@ -18,8 +18,9 @@ import torch
 from monai.data import ITKReader, MetaTensor
 from pydicom.misc import is_dicom
 
+from custom_modules.errors import InputError
 from custom_modules.pairs import load_pairs
-from custom_modules.volumes import EXTENSIONS, InputError, check_volume, read_volume
+from custom_modules.volumes import EXTENSIONS, check_volume, read_volume
 
 SPLITS = ("training", "validation", "test")
 MASKS = ("mask.mha", "mask.nii.gz")  # of SynthRAD2025 and 2023

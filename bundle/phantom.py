@@ -11,8 +11,8 @@ from monai.data import MetaTensor
 from scipy import ndimage
 
 from bundle.anatomy import HEIGHT, Build, paint_body
-from bundle.anatomy import TISSUES as BODY_TISSUES
-from custom_modules.volumes import InputError, writable_or_stop
+from custom_modules.errors import InputError
+from custom_modules.volumes import writable_or_stop
 
 # T1-weighted in-phase MR signal with fat at 1000, and HU, of anatomy.TISSUES in turn
 MR_SIGNAL = np.array([0, 1000, 380, 470, 180, 60, 70, 760, 430], dtype=np.float32)

@@ -26,8 +26,9 @@ from bundle.cleaning import CorrectBiasFieldd, RemoveCouchd
 from bundle.patients import SPLITS, Patient, find_patients, load_patient
 from bundle.prepare_report import overlay, page
 from bundle.registration import PARAMETERS, STAGES, crop_around, measure, measure_motion, register
+from custom_modules.errors import InputError, one_line, stop
 from custom_modules.transforms import BodyMaskd, CropAboveShouldersd, StandardizeMRd
-from custom_modules.volumes import InputError, one_line, stop, writable_or_stop, write_volume
+from custom_modules.volumes import writable_or_stop, write_volume
 
 logger = logging.getLogger(__name__)
 

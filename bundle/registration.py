@@ -17,9 +17,10 @@ from monai.data.itk_torch_bridge import metatensor_to_itk_image
 from monai.transforms import SpatialCrop
 from scipy import ndimage
 
+from custom_modules.errors import InputError
 from custom_modules.metrics import dice
 from custom_modules.transforms import body_mask, fill_holes_by_slice, largest_opened
-from custom_modules.volumes import AIR_HU, InputError
+from custom_modules.volumes import AIR_HU
 
 PARAMETERS = Path(__file__).parent / "elastix"
 STAGES = ("none", "rigid", "bspline")

@@ -22,8 +22,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from bundle.montage import montage  # noqa: E402
+from custom_modules.errors import InputError  # noqa: E402
 from custom_modules.metrics import BONE_HU, ct_body_mask  # noqa: E402
-from custom_modules.volumes import InputError, beside, read_volume, writable_or_stop  # noqa: E402
+from custom_modules.volumes import beside, read_volume, writable_or_stop  # noqa: E402
 
 Case = dict[str, Any]
 MAIN = "synthrad2025_mae"  # by which patients are ordered

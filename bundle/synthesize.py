@@ -11,7 +11,8 @@ import numpy as np
 
 from bundle.montage import montage
 from bundle.workflow import inference_workflow
-from custom_modules.volumes import EXTENSIONS, InputError, find_volumes, read_volume
+from custom_modules.errors import InputError
+from custom_modules.volumes import EXTENSIONS, find_volumes, read_volume
 
 
 def synthesize(mr: str, output: str = "eval", **settings: Any) -> None:

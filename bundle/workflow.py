@@ -8,7 +8,7 @@ from typing import Any
 
 from monai.bundle import ConfigWorkflow
 
-from custom_modules.volumes import InputError
+from custom_modules.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 

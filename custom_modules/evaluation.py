@@ -14,12 +14,13 @@ from monai.bundle import ConfigWorkflow
 from scipy.stats import bootstrap
 from tqdm import tqdm
 
+from custom_modules.errors import InputError, stop
 from custom_modules.metrics import METRICS, PROTOCOLS, bias, check_hu, ct_body_mask, score
 from custom_modules.organs import organ_dice
 from custom_modules.pairs import load_pairs
 from custom_modules.sidecar import write_json
 from custom_modules.uncertainty import FRACTIONS, assess, spearman
-from custom_modules.volumes import EXTENSIONS, InputError, beside, read_volume, stop
+from custom_modules.volumes import EXTENSIONS, beside, read_volume
 
 logger = logging.getLogger(__name__)
 

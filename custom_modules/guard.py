@@ -15,9 +15,9 @@ from scipy import ndimage
 from scipy.stats import wasserstein_distance
 from torch import nn
 
-from custom_modules.inferer import pad_to_windows
+from custom_modules.errors import InputError
 from custom_modules.sidecar import sha256
-from custom_modules.volumes import InputError
+from custom_modules.tiling import pad_to_windows
 
 logger = logging.getLogger(__name__)
 

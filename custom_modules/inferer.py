@@ -149,20 +149,23 @@ class LatentSamplingInferer(Inferer):
     ) -> Tensor:
         f = network.autoencoder.downsampling
         body = F.max_pool3d(body, f)[0, 0] > 0
-        windows = Windows(body, [size // f for size in roi_size], self.overlap)
+        windows = Windows(body.to(network.device), [size // f for size in roi_size], self.overlap)
         z_mr = self._encode(mr, network, windows.needed)
-        shape = (1, *z_mr.shape[1:])
-        noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(z_mr)
+        return self._decode(self._sample(z_mr, network, windows, self._batch(network, roi_size), generators), network, body)
+
+    def _sample(
+        self, z_mr: Tensor, network: Synthesizer, windows: Windows, batch: int, generators: list[torch.Generator]
+    ) -> Tensor:
+        """CT latents (K, c, d, h, w), one of each generator's noise."""
+        noise = torch.cat([torch.randn(z_mr.shape, generator=generator) for generator in generators]).to(z_mr)
         denoise = Denoising(network, z_mr, windows, keep=self.num_inference_steps > 1)
-        batch, passes = self._batch(network, roi_size), len(windows.boxes) * len(noise)
-        with self._bar(passes * self.num_inference_steps, "denoising", "window") as bar, self._autocast(z_mr.device):
+        passes = len(windows.boxes) * len(noise) * self.num_inference_steps
+        with self._bar(passes, "denoising", "window") as bar, self._autocast(z_mr.device):
 
             def predict(z: Tensor, t: int) -> Tensor:
-                return shrinking(lambda size: denoise(z, t, size, bar), batch, 1, "windows")
+                return shrinking(lambda amount: denoise(z, t, amount, bar), batch, 1, "windows")
 
-            z = network.schedule.sample(predict, noise, self.num_inference_steps)
-        del denoise, z_mr, noise
-        return self._decode(z, network, body)
+            return network.schedule.sample(predict, noise, self.num_inference_steps)
 
     def _tiles(self, size: Sequence[int], f: int, voxels: int) -> list[tuple]:
         """Tiles of a latent of ``size`` that stand for at most ``voxels`` of the image, halo and all."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable
-from typing import TypeVar
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import psutil
 import pynvml
 import torch
+from monai.config import KeysCollection
+from monai.transforms import MapTransform
 
-from custom_modules.volumes import InputError
+from custom_modules.errors import InputError
+from custom_modules.volumes import read_grid
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +24,9 @@ COPIES = 16
 CPU_BATCH = 4
 LARGEST_BATCH = 32
 GIB = 2**30
+# Bytes of main memory that the road holds at its peak, for each voxel of the file and of the networks' grid, and besides;
+# measured by benchmarks/road.py
+SOURCE_BYTES, GRID_BYTES, FIXED_BYTES = 20, 25, 2**28
 
 Answer = TypeVar("Answer")
 
@@ -48,7 +54,7 @@ def free_memory(device: torch.device, limit: float | None = None) -> int:
         free, held = free_gpu_memory(device), torch.cuda.memory_reserved(device)
         free += held - torch.cuda.memory_allocated(device)  # reserved by PyTorch, and not in use
     else:
-        free, held = psutil.virtual_memory().available, psutil.Process(os.getpid()).memory_info().rss
+        free, held = psutil.virtual_memory().available, psutil.Process().memory_info().rss
     return int(free if limit is None else min(free, limit * GIB - held))
 
 
@@ -85,3 +91,37 @@ def shrinking(work: Callable[[int], Answer], amount: int, least: int, unit: str)
             raise InputError(f"out of memory even with {amount} {unit} at once; free some, or take another --device")
         amount = max(amount // 2, least)
         logger.warning("out of memory: going on with %d %s at once", amount, unit)
+
+
+class CheckMemoryd(MapTransform):
+    """Refuse a volume that cannot fit into main memory by its header, before it is read.
+
+    Args:
+        keys: paths of volumes.
+        spacing: of the networks' grid, mm.
+        limit: GiB that the process may hold; what the machine has free when None.
+
+    Raises:
+        InputError: with what is needed and what there is.
+    """
+
+    def __init__(self, keys: KeysCollection, spacing: Sequence[float], limit: float | None = None) -> None:
+        super().__init__(keys)
+        self.spacing, self.limit = spacing, limit
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
+        for key in self.key_iterator(dict(data)):
+            grid = read_grid(data[key])
+            if grid is None:  # whoever reads it says what is wrong with it
+                continue
+            shape, spacing = grid
+            resampled = math.prod(shape) * math.prod(spacing) / math.prod(self.spacing)
+            need = SOURCE_BYTES * math.prod(shape) + GRID_BYTES * resampled + FIXED_BYTES
+            free = free_memory(torch.device("cpu"), self.limit)
+            if need > free:
+                size = " x ".join(map(str, shape))
+                raise InputError(
+                    f"{data[key]}: {size} voxels need about {need / GIB:.1f} GiB of memory, {max(free, 0) / GIB:.1f} GiB "
+                    "may be taken; crop or resample it, free memory, or raise --memory_limit"
+                )
+        return data

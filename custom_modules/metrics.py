@@ -17,8 +17,8 @@ from monai.transforms import MapTransform
 from scipy.ndimage import uniform_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from custom_modules.errors import InputError
 from custom_modules.transforms import fill_holes_by_slice, largest_opened
-from custom_modules.volumes import InputError
 
 Window = tuple[float, float]
 Metric = Callable[[np.ndarray, np.ndarray, np.ndarray], float]

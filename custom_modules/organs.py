@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from monai.data import MetaTensor
 
+from custom_modules.errors import InputError
 from custom_modules.metrics import dice
-from custom_modules.volumes import EXTENSIONS, InputError, read_volume
+from custom_modules.volumes import EXTENSIONS, read_volume
 
 SEGMENTER = "TotalSegmentator"
 

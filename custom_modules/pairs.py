@@ -17,8 +17,9 @@ from monai.transforms import Randomizable
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
+from custom_modules.errors import InputError, stop
 from custom_modules.metrics import check_hu
-from custom_modules.volumes import EXTENSIONS, InputError, read_volume, stop
+from custom_modules.volumes import EXTENSIONS, read_volume
 
 Pair = dict[str, str]
 

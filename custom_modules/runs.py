@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import json
+import logging
 import math
 import os
 import platform
@@ -25,8 +25,8 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from custom_modules.errors import stop
 from custom_modules.pairs import is_on, seed_of
-from custom_modules.volumes import stop
 from custom_modules.weights import save_atomically, save_weights
 
 logger = logging.getLogger(__name__)

@@ -87,6 +87,20 @@ class Sidecar:
     def model_sha256(self) -> str | None:
         return sha256(self.checkpoint) if Path(self.checkpoint).is_file() else None
 
+    def is_finished(self, item: Mapping[str, str]) -> bool:
+        """Whether the record beside ``item["output"]`` tells of the very file ``item["image"]``, these weights and these
+        settings."""
+        target = self.output_dir / item["output"]
+        record = beside(target, "", ".json")
+        if not (target.is_file() and record.is_file()):
+            return False
+        made = {"input_sha256": sha256(item["image"]), **self._of_all()}
+        found = json.loads(record.read_text())
+        return all(found.get(name) == value for name, value in _plain(made).items())
+
+    def _of_all(self) -> dict[str, Any]:
+        return {"model_sha256": self.model_sha256, "version": self.version, "settings": dict(self.settings)}
+
     def __call__(self, image: str, output: str, guard: Mapping[str, Any] | None, seconds: float) -> None:
         """Record the synthesis of ``output`` (below the output folder) from the file or folder ``image``."""
         sampled = self.settings.get("num_samples", 1) > 1 and self.calibration
@@ -94,9 +108,7 @@ class Sidecar:
             "input": str(Path(image).resolve()),
             "input_sha256": sha256(image),
             "output": Path(output).name,
-            "model_sha256": self.model_sha256,
-            "version": self.version,
-            "settings": dict(self.settings),
+            **self._of_all(),
             "sd_scale": self.calibration.scale if sampled else None,
             "guard": guard,
             "time_s": round(seconds, 2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +100,13 @@ class Synthesizer(nn.Module):
         air = torch.full((1, 1, size, size, size), -1.0, device=self.latent_mean.device)
         centre = size // self.autoencoder.downsampling // 2
         return self.encode(air, "CT")[:, :, centre, centre, centre, None, None, None]
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """``torch.compile`` the parts: :meth:`encode`, :meth:`decode` and :meth:`predict` do not pass through
+        :meth:`forward`."""
+        self.autoencoder.encoder.compile(*args, **kwargs)
+        self.autoencoder.decoder.compile(*args, **kwargs)
+        self.denoiser.denoise = torch.compile(self.denoiser.denoise, *args, **kwargs)
 
     def forward(self, mr: Tensor, noise: Tensor | None = None) -> Tensor:
         """MR to synthetic CT without windows; D, H and W must be multiples of ``downsampling``.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from monai.networks import trt_compile
 
+from custom_modules.errors import stop
 from custom_modules.synthesizer import Synthesizer
-from custom_modules.volumes import stop
 
 PACKAGES = ("tensorrt", "polygraphy")
 # of torch.onnx.export; what MONAI makes of its dynamic batch does not know the unused argument

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from custom_modules.autoencoder import WaveletAutoencoderKL
-from custom_modules.inferer import pad_to_windows
 from custom_modules.losses import has_both
 from custom_modules.pairs import SeededDataset, seed_of
 from custom_modules.schedule import DDIMSchedule
 from custom_modules.synthesizer import Synthesizer
+from custom_modules.tiling import pad_to_windows
 
 
 class AutocastInferer(Inferer):

@@ -27,7 +27,8 @@ from monai.transforms import (
 )
 from scipy import ndimage
 
-from custom_modules.volumes import InputError, ReadVolumed
+from custom_modules.errors import InputError
+from custom_modules.volumes import ReadVolumed
 
 logger = logging.getLogger(__name__)
 

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
-import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import itk
 import nibabel as nib
 import numpy as np
 import pydicom
 import torch
-from ignite.engine import Events
 from monai.config import KeysCollection
-from monai.data import Dataset, ITKReader, ITKWriter, MetaTensor, list_data_collate
-from monai.engines import SupervisedEvaluator
+from monai.data import ITKReader, ITKWriter, MetaTensor
 from monai.transforms import MapTransform, SpatialResample
 from monai.utils import convert_to_tensor
+
+from custom_modules.errors import InputError, stop
 
 logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".nii.gz", ".nii", ".nrrd", ".mha")
 AIR_HU = -1000
 SPACING_LIMITS = (0.05, 50.0)  # mm; outside, a header is broken
-
-
-class InputError(ValueError):
-    """Something the user gave cannot be used; the message is one line that names it and says what to do."""
 
 
 def _extension(name: str) -> str | None:
@@ -139,6 +134,27 @@ def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray, None]:
     return array, np.asarray(meta["affine"], dtype=np.float64), None
 
 
+def read_grid(path: str | Path) -> tuple[tuple[int, ...], tuple[float, ...]] | None:
+    """Shape and spacing (mm) of a volume by its header alone, or None where it has none that can be read."""
+    path = Path(path)
+    try:
+        if path.name.lower().endswith((".nii", ".nii.gz")):
+            header = nib.load(path).header
+            return tuple(header.get_data_shape()[:3]), tuple(map(float, header.get_zooms()[:3]))
+        if path.is_dir():
+            slices = [file for file in path.iterdir() if file.is_file() and _is_dicom(file)]
+            first = pydicom.dcmread(slices[0], stop_before_pixels=True)
+            thickness = float(first.get("SpacingBetweenSlices") or first.SliceThickness)
+            return (first.Columns, first.Rows, len(slices)), (*map(float, first.PixelSpacing), thickness)
+        image = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
+        image.SetFileName(str(path))
+        image.ReadImageInformation()
+        axes = range(min(image.GetNumberOfDimensions(), 3))
+        return tuple(image.GetDimensions(n) for n in axes), tuple(image.GetSpacing(n) for n in axes)
+    except Exception:  # readers raise whatever their libraries do
+        return None
+
+
 def _check_series(folder: Path) -> None:
     """Raise InputError unless the folder holds one DICOM series of evenly spaced slices."""
     names = [path for path in folder.iterdir() if path.is_file() and _is_dicom(path)]
@@ -187,23 +203,38 @@ class RestoreGridd(MapTransform):
     """Resample ``keys`` once, from the grid of ``source`` back to the grid it was read on.
 
     Voxels beyond the outermost samples take the nearest one: a field of view that cuts through the body ends in
-    tissue, not in air.
+    tissue, not in air. The grid is filled slab by slab, for resampling needs several times the memory of what it fills.
+
+    Args:
+        slab_voxels: of a slab, about.
     """
 
-    def __init__(self, keys: KeysCollection, source: str = "image", allow_missing_keys: bool = False) -> None:
+    def __init__(
+        self, keys: KeysCollection, source: str = "image", allow_missing_keys: bool = False, slab_voxels: int = 2**22
+    ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.source = source
+        self.source, self.slab_voxels = source, slab_voxels
         self.resample = SpatialResample(mode="bilinear", padding_mode="border", align_corners=True, dtype=torch.float32)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         data = dict(data)
         source = data[self.source]
-        shape = [int(size) for size in source.meta["source_shape"]]
         for key in self.key_iterator(data):
             values = convert_to_tensor(data[key], dtype=torch.float32, track_meta=False)
-            on_grid = MetaTensor(values, affine=source.affine)
-            data[key] = self.resample(on_grid, dst_affine=source.meta["source_affine"], spatial_size=shape)
+            affine = torch.as_tensor(source.meta["source_affine"], dtype=torch.float64)
+            shape = [int(size) for size in source.meta["source_shape"]]
+            data[key] = self._restore(MetaTensor(values, affine=source.affine), affine, shape)
         return data
+
+    def _restore(self, volume: MetaTensor, affine: torch.Tensor, shape: Sequence[int]) -> MetaTensor:
+        answer = torch.empty(len(volume), *shape)
+        thickness = min(max(2, self.slab_voxels // (shape[1] * shape[2])), shape[0])  # PyTorch needs two planes
+        for start in range(0, shape[0], thickness):
+            start = min(start, shape[0] - thickness)
+            slab, moved = answer[:, start : start + thickness], affine.clone()
+            moved[:3, 3] += start * affine[:3, 0]
+            slab.copy_(self.resample(volume, dst_affine=moved, spatial_size=slab.shape[1:]).as_tensor())
+        return MetaTensor(answer, affine=affine)
 
 
 class AirOutsideBodyd(MapTransform):
@@ -275,78 +306,6 @@ def write_volume(volume: MetaTensor, path: str | Path) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-class VolumeDataset(Dataset):
-    """Dataset whose broken items come out as ``{"image": path, "failure": message}`` instead of stopping the rest."""
-
-    def __getitem__(self, index: int) -> dict[Hashable, Any]:
-        item = self.data[index]
-        try:
-            return super().__getitem__(index)
-        except Exception as error:
-            return {"image": item["image"], "failure": one_line(error, item["image"])}
-
-
-def one_line(error: BaseException, name: str) -> str:
-    """The innermost cause of ``error`` as one line that names the file."""
-    while error.__cause__ is not None and not isinstance(error, InputError):
-        error = error.__cause__
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if name in text else f"{name}: {text}"
-
-
-def collate(items: Sequence[dict[Hashable, Any]]) -> Any:
-    """A batch of one volume; a failure passes as it is."""
-    return items[0] if "failure" in items[0] else list_data_collate(items)
-
-
-class SynthesisEvaluator(SupervisedEvaluator):
-    """Evaluator that goes on after a volume that fails, and lists the failures at the end.
-
-    Args:
-        guard: looks at each batch before synthesis (:class:`~custom_modules.guard.Guard`).
-        sidecar: writes the record of each synthesis (:class:`~custom_modules.sidecar.Sidecar`).
-    """
-
-    def __init__(
-        self, *args: Any, guard: Callable | None = None, sidecar: Callable | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.guard, self.sidecar = guard, sidecar
-        self.failures: list[str] = []
-        self.started = time.perf_counter()
-        self.add_event_handler(Events.GET_BATCH_STARTED, self._start_clock)
-
-    def _start_clock(self) -> None:
-        self.started = time.perf_counter()
-
-    def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict:
-        if "failure" not in batchdata:
-            name = batchdata["image"].meta["filename_or_obj"]
-            name = name if isinstance(name, str) else name[0]
-            try:
-                findings = self.guard(batchdata, engine.network) if self.guard else None
-                answer = super()._iteration(engine, batchdata)
-                if self.sidecar:
-                    self.sidecar(name, batchdata["output"][0], findings, time.perf_counter() - self.started)
-                return answer
-            except Exception as error:
-                batchdata = {"failure": one_line(error, name)}
-        self.failures.append(batchdata["failure"])
-        logger.error(batchdata["failure"])
-        return {}
-
-    def exit_on_failures(self) -> None:
-        """End the program with the list of what failed, if anything did."""
-        if self.failures:
-            total = self.state.epoch_length
-            stop(f"{len(self.failures)} of {total} volumes failed:\n" + "\n".join(f"  {f}" for f in self.failures))
-
-
-def stop(message: str) -> NoReturn:
-    """End the program with ``message`` on stderr and a non-zero exit, without a traceback."""
-    raise SystemExit(f"error: {message}")
 
 
 def require_volumes(found: Sequence[Mapping[str, str]], path: str | Path) -> None:

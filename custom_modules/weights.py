@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from custom_modules.volumes import InputError, stop
+from custom_modules.errors import InputError, stop
+from custom_modules.pairs import is_on
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -39,10 +40,14 @@ def load_weights(network: Network, path: str | Path) -> Network:
     return network
 
 
-def load_weights_or_stop(network: Network, path: str | Path) -> Network:
-    """:func:`load_weights` for configs: an :class:`InputError` ends the program with its one line."""
+def load_weights_or_stop(network: Network, path: str | Path, compile: bool | str = False) -> Network:
+    """:func:`load_weights` for configs: an :class:`InputError` ends the program with its one line. With ``compile`` the
+    network is compiled afterwards (``torch.compile``)."""
     try:
-        return load_weights(network, path)
+        load_weights(network, path)
+        if is_on(compile):
+            network.compile()
+        return network
     except InputError as error:
         stop(str(error))
 

@@ -17,12 +17,13 @@ from monai.bundle import ConfigWorkflow
 
 from bundle.calibrate import calibrate, guard
 from bundle.phantom import torso_phantom
+from custom_modules.errors import InputError
 from custom_modules.evaluation import Evaluation, fit_lookup, near_border, score_patient, summarize, write_csv
 from custom_modules.metrics import PROTOCOLS, TISSUES, ct_body_mask
 from custom_modules.organs import SEGMENTER
 from custom_modules.sidecar import sha256
 from custom_modules.uncertainty import Calibration
-from custom_modules.volumes import InputError, read_volume
+from custom_modules.volumes import read_volume
 
 SMALL = {"shape": (44, 36, 40), "spacing": 8.0}
 

@@ -23,8 +23,8 @@ from bundle import export as export_module
 from bundle.export import TOLERANCE, export
 from custom_modules import tensorrt
 from custom_modules.autoencoder import WaveletAutoencoderKL
+from custom_modules.errors import InputError
 from custom_modules.synthesizer import Synthesizer
-from custom_modules.volumes import InputError
 from custom_modules.weights import save_weights
 
 # one resolution: the graphs are small enough to be exported in seconds, and hold every kind of block

@@ -12,6 +12,7 @@ import torch
 from conftest import ellipsoid, files_in, save, tiny_network
 from monai.data import MetaTensor
 
+from custom_modules.errors import InputError
 from custom_modules.guard import (
     MEASURES,
     Guard,
@@ -23,7 +24,6 @@ from custom_modules.guard import (
     histogram_distance,
     measure,
 )
-from custom_modules.volumes import InputError
 
 AFFINE = np.diag([2.0, 2, 2, 1])
 SMALL_WINDOWS = {"roi_size": [16, 16, 16], "tile_size": [32, 32, 32]}

@@ -10,11 +10,11 @@ from torch import nn
 
 from custom_modules.autoencoder import WaveletAutoencoderKL
 from custom_modules.denoiser import LatentDenoiser
+from custom_modules.errors import InputError
 from custom_modules.inferer import LatentSamplingInferer
 from custom_modules.schedule import DDIMSchedule
 from custom_modules.synthesizer import Synthesizer
 from custom_modules.tiling import pad_to_windows
-from custom_modules.volumes import InputError
 
 MODES = ("whole", "windows")
 FACTOR = 4

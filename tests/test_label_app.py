@@ -28,8 +28,9 @@ from test_volumes import save_series
 
 from bundle.label_app.options import Option, chosen
 from bundle.phantom import torso_phantom
+from custom_modules.errors import InputError
 from custom_modules.sidecar import sha256
-from custom_modules.volumes import InputError, read_volume
+from custom_modules.volumes import read_volume
 
 sys.path.insert(0, str(ROOT / "bundle" / "slicer" / "SyntheticCT"))
 from SyntheticCTLib.client import Client, ServerError, _form  # noqa: E402

@@ -4,9 +4,11 @@ import types
 
 import pytest
 import torch
+from monai.data import MetaTensor
 
 from custom_modules import memory
-from custom_modules.volumes import InputError
+from custom_modules.errors import InputError
+from custom_modules.volumes import read_grid, write_volume
 
 
 def test_cpu_takes_a_fixed_batch():
@@ -69,3 +71,24 @@ def test_nvml_is_asked_for_the_very_device(monkeypatch):
     monkeypatch.setattr(nvml, "nvmlDeviceGetMemoryInfo", lambda handle: types.SimpleNamespace(free=77))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="abc"))
     assert memory.free_gpu_memory(torch.device("cuda")) == 77 and asked == ["GPU-abc"]
+
+
+@pytest.mark.parametrize("name", ("big.nii.gz", "big.nrrd", "big.mha"))
+def test_a_volume_that_cannot_fit_is_refused_by_its_header(tmp_path, name):
+    path = tmp_path / name
+    write_volume(MetaTensor(torch.ones(1, 60, 50, 40, dtype=torch.int16), affine=torch.eye(4)), path)
+    assert read_grid(path) == ((60, 50, 40), (1, 1, 1))
+    held = memory.psutil.Process().memory_info().rss / memory.GIB
+    fits, short = (memory.CheckMemoryd("image", (2, 2, 2), held + extra) for extra in (1.0, 0.1))
+    assert fits({"image": str(path)}) == {"image": str(path)}
+    with pytest.raises(InputError, match=f"{name}: 60 x 50 x 40 voxels need about 0.3 GiB of memory, 0.1 GiB may be taken"):
+        short({"image": str(path)})
+    fine = memory.CheckMemoryd("image", (0.1, 0.1, 0.1), held + 1)  # a thousand voxels of the grid for each of the file
+    with pytest.raises(InputError, match="GiB"):
+        fine({"image": str(path)})
+
+
+def test_what_has_no_header_is_left_to_the_reader(tmp_path):
+    (tmp_path / "broken.nii.gz").write_bytes(b"no image")
+    for path in (tmp_path / "broken.nii.gz", tmp_path / "missing.mha", tmp_path):
+        memory.CheckMemoryd("image", (2, 2, 2), limit=0)({"image": str(path)})

@@ -16,6 +16,7 @@ from monai.metrics import MAEMetric, PSNRMetric, RMSEMetric, SSIMMetric, compute
 from scipy import ndimage
 from scipy.stats import pearsonr
 
+from custom_modules.errors import InputError
 from custom_modules.metrics import (
     METRICS,
     PAPER_HU,
@@ -30,7 +31,6 @@ from custom_modules.metrics import (
     score,
     ssim,
 )
-from custom_modules.volumes import InputError
 
 CT = np.array([[[-1000.0, 0, 100, 300, 400]]])
 PRED = np.array([[[500.0, 10, 70, 260, 240]]])

@@ -19,7 +19,7 @@ from bundle import package as package_module
 from bundle import verification
 from bundle.package import build, package
 from bundle.verification import Failure, check_contents, check_metadata, check_weights
-from custom_modules.volumes import InputError
+from custom_modules.errors import InputError
 
 METADATA = json.loads((ROOT / "configs/metadata.json").read_text())
 NAME = f"{METADATA['name']}_v{METADATA['version']}"

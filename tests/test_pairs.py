@@ -12,8 +12,8 @@ import torch
 from conftest import save
 
 from bundle.phantom import torso_phantom
+from custom_modules.errors import InputError
 from custom_modules.pairs import DistinctPatientSampler, SeededDataset, check_pairs_or_stop, is_on, load_pairs, seed_of
-from custom_modules.volumes import InputError
 
 AFFINE = np.diag([8.0, 8, 8, 1])
 

@@ -11,9 +11,10 @@ from scipy import ndimage
 
 from bundle.anatomy import TISSUES, Build, Canvas, paint_body
 from bundle.phantom import HU, MR_SIGNAL, phantom, whole_body_phantom
+from custom_modules.errors import InputError
 from custom_modules.pairs import check_pairs_or_stop, load_pairs
 from custom_modules.transforms import Preprocess, body_mask, shoulder_slice
-from custom_modules.volumes import InputError, read_volume
+from custom_modules.volumes import read_volume
 
 AXES = tuple(np.arange(low, high, 8.0) for low, high in ((-420, 420), (-180, 200), (-20, 1740)))
 

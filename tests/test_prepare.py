@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import multiprocessing
 import os
@@ -41,9 +40,10 @@ from bundle.registration import (
     mutual_information,
     register,
 )
-from custom_modules.pairs import check_pairs_or_stop, load_pairs
+from custom_modules.errors import InputError
+from custom_modules.pairs import load_pairs
 from custom_modules.transforms import body_mask
-from custom_modules.volumes import InputError, read_volume
+from custom_modules.volumes import read_volume
 
 QUICK = {"registration": "none", "bias_correction": False, "crop_above_shoulders": False, "spacing": 4.0}
 

@@ -9,6 +9,7 @@ from conftest import TRAINING, tiny_network, train, train_workflow
 from monai.bundle import ConfigWorkflow
 
 from custom_modules.autoencoder import WaveletAutoencoderKL
+from custom_modules.errors import InputError
 from custom_modules.losses import has_both
 from custom_modules.schedule import DDIMSchedule
 from custom_modules.training import (
@@ -21,7 +22,6 @@ from custom_modules.training import (
     ReconstructionPrepareBatch,
     SynthesisPrepareBatch,
 )
-from custom_modules.volumes import InputError
 
 
 def latents(phantoms, network, **kwargs):

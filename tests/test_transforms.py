@@ -13,6 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import RandAffined, RandBiasFieldd, RandFlipd, RandScaleIntensityd
 from scipy import ndimage
 
+from custom_modules.errors import InputError
 from custom_modules.transforms import (
     Augment,
     BodyMaskd,
@@ -25,7 +26,6 @@ from custom_modules.transforms import (
     largest_opened,
     shoulder_slice,
 )
-from custom_modules.volumes import InputError
 
 
 def tensor(array: np.ndarray, spacing: float | tuple = 2.0, name: str = "mr.nii") -> MetaTensor:

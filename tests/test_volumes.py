@@ -11,7 +11,6 @@ from pathlib import Path
 import itk
 import nibabel as nib
 import numpy as np
-import pydicom
 import pytest
 import torch
 from conftest import AIR, files_in, full_disk, save
@@ -20,17 +19,15 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from scipy import ndimage
 
+from custom_modules.errors import InputError, one_line
+from custom_modules.pipeline import VolumeDataset, collate
 from custom_modules.volumes import (
     AirOutsideBodyd,
-    InputError,
     ReadVolumed,
     RestoreGridd,
     SaveVolumed,
-    VolumeDataset,
     beside,
-    collate,
     find_volumes,
-    one_line,
     read_volume,
     require_volumes,
     writable_or_stop,
@@ -521,13 +518,14 @@ def test_a_folder_that_cannot_be_written_ends_in_one_line(tmp_path, inside):
 # back to the input's grid
 
 
-def test_restore_grid_is_linear_interpolation_between_the_two_grids():
+@pytest.mark.parametrize("slab_voxels", (1, 120, 2**22))  # two planes at a time, three, all
+def test_restore_grid_is_linear_interpolation_between_the_two_grids(slab_voxels):
     affine = nib.affines.from_matvec(np.diag([2.0, 2.0, 2.0]), [3.0, 1.0, -2.0])
     target = nib.affines.from_matvec(np.diag([-1.5, 0.7, 4.0]), [16.0, 2.0, 0.0])
     values = np.random.default_rng(0).normal(size=(9, 8, 7)).astype(np.float32)
     source = volume(values, affine)
     source.meta["source_affine"], source.meta["source_shape"] = torch.from_numpy(target), torch.tensor([6, 9, 4])
-    restored = RestoreGridd("pred")({"image": source, "pred": torch.from_numpy(values)[None]})["pred"]
+    restored = RestoreGridd("pred", slab_voxels=slab_voxels)({"image": source, "pred": torch.from_numpy(values)[None]})["pred"]
     points = nib.affines.apply_affine(np.linalg.inv(affine) @ target, np.moveaxis(np.indices((6, 9, 4)), 0, -1))
     expected = ndimage.map_coordinates(values, np.moveaxis(points, -1, 0), order=1, mode="nearest")
     np.testing.assert_allclose(restored[0], expected, atol=1e-4)

@@ -9,7 +9,7 @@ import torch
 from conftest import files_in, tiny_network
 from torch import nn
 
-from custom_modules.volumes import InputError
+from custom_modules.errors import InputError
 from custom_modules.weights import load_weights, load_weights_or_stop, save_weights
 
 

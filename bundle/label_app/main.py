@@ -28,7 +28,7 @@ from bundle.label_app.infer import Synthesis  # noqa: E402
 from bundle.label_app.studies import CheckedSessions, NotFound, Studies  # noqa: E402
 from bundle.label_app.train import FineTuning  # noqa: E402
 from bundle.workflow import ROOT  # noqa: E402
-from custom_modules.volumes import InputError  # noqa: E402
+from custom_modules.errors import InputError  # noqa: E402
 
 logger = logging.getLogger(__name__)
 

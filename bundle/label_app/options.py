@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from custom_modules.errors import InputError
 from custom_modules.pairs import is_on
-from custom_modules.volumes import InputError
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import numpy as np
 from monailabel.datastore.local import LocalDatastore
 from monailabel.utils.sessions import Sessions
 
-from custom_modules.volumes import EXTENSIONS, InputError, find_volumes, read_volume
+from custom_modules.errors import InputError
+from custom_modules.volumes import EXTENSIONS, find_volumes, read_volume
 
 LABEL_MAP_VALUES = 32  # whole numbers that a label map may hold; a magnitude image has hundreds
 
