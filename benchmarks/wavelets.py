@@ -3,29 +3,24 @@
     pip install ptwt
     python benchmarks/wavelets.py [--repeats 5]
 
-Times are ratios to ours (of the copy: ours to it), in one process, medians of interleaved repeats.
+Ratios of times: of the others to ours, and of ours to the copy, the limit that memory sets.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
-import platform
-import sys
-import time
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import fire
-import numpy as np
 import ptwt
 import torch
+from common import medians, publish
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from custom_modules.wavelets import WaveletTransform3d  # noqa: E402
+from custom_modules.wavelets import WaveletTransform3d
 
-CASES = [(64, 1), (64, 32), (64, 64), (128, 1), (128, 32)]
+CASES = [(size, channels) for size in (64, 128) for channels in (1, 32, 64)]
+WORKS = ("forward", "inverse", "training")
 
 
 def lifted() -> WaveletTransform3d:
@@ -40,76 +35,58 @@ def lifted() -> WaveletTransform3d:
     return transform
 
 
-def transforms() -> dict:
-    """Name to (forward, inverse); forward takes (N, C, D, H, W) and inverse what forward gave."""
-    ours, banks = WaveletTransform3d("haar"), lifted()
+def works(x: Tensor, name: str, forward: Callable, inverse: Callable) -> dict[str, Callable[[], Any]]:
+    """Forward, inverse, and forward + inverse + backward."""
+    try:
+        with torch.no_grad():
+            bands = forward(x)
+    except (RuntimeError, TypeError, ValueError):  # no bfloat16
+        return {}
+
+    def train() -> None:
+        leaf = x.detach().requires_grad_()
+        inverse(forward(leaf), leaf).square().sum().backward()
+
+    def without_gradient(work: Callable) -> Callable[[], None]:
+        @torch.no_grad()
+        def run() -> None:
+            work()
+
+        return run
+
     return {
-        "ours": (ours, lambda y, x: ours.inverse(y, x.shape[2:])),
-        "ptwt": (lambda x: ptwt.wavedec3(x, "haar", level=1, mode="symmetric"), lambda y, x: ptwt.waverec3(y, "haar")),
-        "pytorch_wavelets": (banks, lambda y, x: banks.inverse(y, x.shape[2:])),
+        f"{name} forward": without_gradient(lambda: forward(x)),
+        f"{name} inverse": without_gradient(lambda: inverse(bands, x)),
+        f"{name} training": train,
     }
-
-
-def seconds(work) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def measure(x: Tensor, repeats: int) -> list[dict]:
-    """Median milliseconds of every transform on ``x``; ``None`` where it fails."""
-    times: dict[tuple[str, str], list[float]] = {}
-    failed: dict[str, str] = {}
-    for repeat in range(repeats + 1):  # the first warms up
-        runs = {("copy", "forward"): lambda: x.clone(memory_format=torch.preserve_format)}
-        for name, (forward, inverse) in transforms().items():
-            if name in failed:
-                continue
-
-            def train(forward=forward, inverse=inverse):
-                leaf = x.detach().requires_grad_()
-                inverse(forward(leaf), leaf).square().sum().backward()
-
-            try:
-                bands = forward(x)
-                runs[name, "forward"] = lambda f=forward: f(x)
-                runs[name, "inverse"] = lambda i=inverse, b=bands: i(b, x)
-                runs[name, "training"] = train
-            except (RuntimeError, TypeError, ValueError) as error:
-                failed[name] = str(error).splitlines()[0]
-        for key, work in runs.items():
-            try:
-                times.setdefault(key, []).append(seconds(work))
-            except (RuntimeError, TypeError, ValueError) as error:
-                failed[key[0]] = str(error).splitlines()[0]
-    rows = [
-        {"transform": name, "work": work, "ms": 1000 * float(np.median(values[1:]))}
-        for (name, work), values in times.items()
-        if name not in failed
-    ]
-    return rows + [{"transform": name, "work": "failed", "error": error} for name, error in failed.items()]
 
 
 def main(repeats: int = 5) -> None:
     torch.manual_seed(0)
+    ours, banks = WaveletTransform3d("haar"), lifted()
     rows = []
     for size, channels in CASES:
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn(1, channels, size, size, size).to(dtype).contiguous(memory_format=torch.channels_last_3d)
-            case = {"size": size, "channels": channels, "dtype": str(dtype).removeprefix("torch.")}
-            found = measure(x, repeats)
-            rows += [case | row for row in found]
-            ms = {(row["transform"], row["work"]): row["ms"] for row in found if "ms" in row}
-            line = f"{size:>4}³ x {channels:<3} {case['dtype']:<9}"
-            line += f" forward {ms['ours', 'forward'] / ms['copy', 'forward']:5.1f} x copy;"
+            seconds = medians(
+                {
+                    "copy": lambda x=x: x.clone(memory_format=torch.preserve_format),
+                    **works(x, "ours", ours, lambda y, x: ours.inverse(y, x.shape[2:])),
+                    **works(x, "ptwt", lambda x: ptwt.wavedec3(x, "haar", level=1, mode="symmetric"),
+                            lambda y, x: ptwt.waverec3(y, "haar")),
+                    **works(x, "pytorch_wavelets", banks, lambda y, x: banks.inverse(y, x.shape[2:])),
+                },
+                repeats if size * channels < 2048 else 3,
+            )  # fmt: skip
+            row = {"tensor": f"{size}³ x {channels}", "type": str(dtype).removeprefix("torch."), "seconds": seconds}
+            row["copy, ms"] = 1000 * seconds["copy"]
+            row["ours forward / copy"] = seconds["ours forward"] / seconds["copy"]
             for other in ("ptwt", "pytorch_wavelets"):
-                ratios = [ms[other, w] / ms["ours", w] for w in ("forward", "inverse", "training") if (other, w) in ms]
-                line += f"  {other} " + (" / ".join(f"{r:.1f}" for r in ratios) or "failed")
-            print(line, flush=True)
-    results = {"date": str(datetime.date.today()), "machine": platform.machine(), "threads": torch.get_num_threads(),
-               "torch": torch.__version__, "rows": rows}  # fmt: skip
-    (ROOT / "runs").mkdir(exist_ok=True)
-    (ROOT / "runs" / "bench_wavelets.json").write_text(json.dumps(results, indent=1))
+                found = [seconds[f"{other} {w}"] / seconds[f"ours {w}"] for w in WORKS if f"{other} {w}" in seconds]
+                row[f"{other} / ours"] = ", ".join(f"{r:.1f}" for r in found) or "fails"
+            rows.append(row)
+            print({k: v for k, v in row.items() if k != "seconds"}, flush=True)
+    publish("wavelets", rows, [c for c in rows[0] if c != "seconds"])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,199 @@
+"""Time and memory of the road from a normalised MR to the synthetic CT, by volume and by setting, on CPU or GPU.
+
+    python benchmarks/road.py volumes [--device cuda] [--amp False] [--compile True]
+    python benchmarks/road.py settings [--device cuda]
+
+Needs the repository, PyTorch, MONAI and what ``custom_modules`` imports. The volumes are simple bodies, elliptic
+cylinders, for the cost depends on their size only; the weights are the shipped ones.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import fire
+import numpy as np
+import psutil
+import torch
+from common import ROOT, medians, publish, seconds
+from monai.utils import set_determinism
+from torch.utils.flop_counter import FlopCounterMode
+
+from custom_modules.inferer import LatentSamplingInferer
+from custom_modules.synthesizer import Synthesizer
+from custom_modules.weights import load_weights
+
+# name: voxels at 2 mm, and the share of the box that is body
+VOLUMES = {
+    "64³": ((64, 64, 64), 0.6),
+    "128³": ((128, 128, 128), 0.6),
+    "torso": ((250, 250, 400), 0.5),
+    "whole body": ((266, 186, 566), 0.3),
+}
+GIB = 2**30
+
+
+def volume(shape: tuple[int, int, int], share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """MR in [-1, 1] and body, both (1, 1, D, H, W): an elliptic cylinder that fills ``share`` of the box."""
+    x, y, z = (np.linspace(-1, 1, n, dtype=np.float32) for n in shape)
+    body = (x[:, None] ** 2 + y[None] ** 2)[..., None] <= share * 4 / math.pi + 0 * z
+    texture = np.sin(9 * x)[:, None, None] + np.sin(7 * y)[None, :, None] + np.sin(40 * z)
+    mr = np.where(body, 0.1 + 0.2 * texture, -1).clip(-1, 1).astype(np.float32)
+    return torch.from_numpy(mr)[None, None], torch.from_numpy(body)[None, None]
+
+
+class Peak:
+    """The most memory that was held while it was entered, above what was held before, in GiB."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __enter__(self) -> Peak:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.process, self.running = psutil.Process(), True
+        self.before = self.most = self.process.memory_info().rss
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while self.running:
+            self.most = max(self.most, self.process.memory_info().rss)
+            time.sleep(0.01)
+
+    def __exit__(self, *_: Any) -> None:
+        self.running = False
+        self.thread.join()
+        cuda = self.device.type == "cuda"
+        self.gib = torch.cuda.max_memory_allocated(self.device) / GIB if cuda else (self.most - self.before) / GIB
+
+
+def load(device: torch.device, compiled: bool = False) -> Synthesizer:
+    network = load_weights(Synthesizer(), ROOT / "models" / "model.pt").eval()
+    network = network.to(device, memory_format=torch.channels_last_3d)
+    if compiled:
+        network.compile()
+    return network
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large matrix product, the machine's own limit."""
+    a, b = torch.randn(2, 4096, 4096, device=device).to(dtype)
+    return 2 * 4096**3 / medians({"product": lambda: a @ b}, 3, device)["product"]
+
+
+def operations(network: Synthesizer, work: Callable[[], Any]) -> int:
+    """Floating-point operations of convolutions and matrix products, as PyTorch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+class Stages:
+    """Seconds spent in each stage of an inferer, by wrapping its methods."""
+
+    def __init__(self, inferer: LatentSamplingInferer, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        for stage, method in (("encode", "_encode"), ("denoise", "_sample"), ("decode", "_decode")):
+            setattr(inferer, method, self._timed(stage, getattr(inferer, method), device))
+
+    def _timed(self, stage: str, method: Callable, device: torch.device) -> Callable:
+        def run(*args: Any) -> Any:
+            answer: list[Any] = []
+            self.seconds[stage] = seconds(lambda: answer.append(method(*args)), device)
+            return answer[0]
+
+        return run
+
+
+def volumes(device: str = "cpu", amp: bool = True, compile: bool = False, repeats: int = 3) -> None:
+    """A row a volume: seconds of each stage, of all, memory, and the share of the machine's peak that is reached."""
+    set_determinism(0)
+    where = torch.device(device)
+    network, rows = load(where, compile), []
+    tile, z = torch.zeros(1, 1, 64, 64, 64, device=where), torch.zeros(1, 16, 16, 16, 16, device=where)
+    plain = load(where)
+    with torch.inference_mode():
+        condition = plain.denoiser.condition(z)
+        flops = {
+            "encode": operations(plain, lambda: plain.encode(tile, "MR")) / tile.numel(),
+            "denoise": operations(plain, lambda: plain.predict(z, 500, condition)),
+            "decode": operations(plain, lambda: plain.decode(z)) / tile.numel(),
+        }
+    peaks = {"encode": peak_flops(where, torch.float32), "decode": peak_flops(where, torch.float32)}
+    peaks["denoise"] = peak_flops(where, torch.bfloat16 if amp else torch.float32)
+    for name, (shape, share) in VOLUMES.items():
+        mr, body = volume(shape, share)
+        inferer = LatentSamplingInferer(amp=amp, progress=False)
+        stages, found, windows = Stages(inferer, where), [], []
+        with Peak(where) as peak:
+            for _ in range(repeats + 1):
+                total = seconds(lambda: inferer(mr, network, body), where)
+                found.append({**stages.seconds, "all": total})
+        median = {stage: float(np.median([f[stage] for f in found[1:]])) for stage in found[0]}
+        windows = count_windows(inferer, network, mr, body)
+        done = {"encode": flops["encode"] * mr.numel(), "decode": flops["decode"] * mr.numel()}
+        done["denoise"] = flops["denoise"] * windows
+        row: dict[str, Any] = {"volume": name, "voxels": "x".join(map(str, shape)), "body, Mvoxel": float(body.sum()) / 1e6}
+        row["windows"] = windows
+        row.update({f"{stage}, s": median[stage] for stage in ("encode", "denoise", "decode", "all")})
+        row["memory, GiB"] = peak.gib
+        row["of peak, %"] = ", ".join(f"{100 * done[s] / median[s] / peaks[s]:.0f}" for s in ("encode", "denoise", "decode"))
+        row["TFLOP"] = sum(done.values()) / 1e12
+        rows.append(row)
+        print(row, flush=True)
+    exponent = np.polyfit(np.log([r["body, Mvoxel"] for r in rows]), np.log([r["all, s"] for r in rows]), 1)[0]
+    rows.append({"volume": f"time grows as body volume to the power {exponent:.2f}", "exponent": exponent})
+    name = "road" if where.type == "cpu" else f"road_gpu_{'bf16' if amp else 'fp32'}{'_compiled' if compile else ''}"
+    publish(name, rows, list(rows[0]), where)
+
+
+def count_windows(inferer: LatentSamplingInferer, network: Synthesizer, mr: torch.Tensor, body: torch.Tensor) -> int:
+    """Windows that hold body."""
+    seen: list[int] = []
+    predict = network.predict
+    network.predict = lambda z, *args: seen.append(len(z)) or torch.zeros_like(z)  # type: ignore[method-assign]
+    try:
+        inferer(mr, network, body)
+    finally:
+        network.predict = predict  # type: ignore[method-assign]
+    return sum(seen)
+
+
+def settings(device: str = "cpu", repeats: int = 3) -> None:
+    """Ratios of times to the default settings on 128³, and how far the synthetic CT moves."""
+    where = torch.device(device)
+    network = load(where)
+    mr, body = volume(*VOLUMES["128³"])
+    everywhere = torch.ones_like(body)
+    cases: dict[str, tuple[dict[str, Any], torch.Tensor]] = {
+        "default: 1 step, whole": ({}, body),
+        "2 steps": ({"num_inference_steps": 2}, body),
+        "4 steps": ({"num_inference_steps": 4}, body),
+        "8 steps": ({"num_inference_steps": 8}, body),
+        "16 steps": ({"num_inference_steps": 16}, body),
+        "50 steps": ({"num_inference_steps": 50}, body),
+        "4 samples in one pass": ({"num_samples": 4}, body),
+        "windows, each on its own": ({"sampling": "windows"}, body),
+        "nothing skipped": ({}, everywhere),
+        "single precision": ({"amp": False}, body),
+        "overlap 0.5": ({"overlap": 0.5}, body),
+        "windows of 96": ({"roi_size": (96, 96, 96)}, body),
+        "tiles of a quarter": ({"tile_voxels": 600_000}, body),
+    }
+    inferers = {name: LatentSamplingInferer(progress=False, **kwargs) for name, (kwargs, _) in cases.items()}
+    times = medians(
+        {name: lambda name=name: inferers[name](mr, network, cases[name][1]) for name in cases}, repeats, where
+    )
+    first = next(iter(cases))
+    rows = [{"setting": name, "time, ratio": times[name] / times[first], "s": times[name]} for name in cases]
+    publish("settings" if where.type == "cpu" else "settings_gpu", rows, list(rows[0]), where)
+
+
+if __name__ == "__main__":
+    fire.Fire({"volumes": volumes, "settings": settings})
