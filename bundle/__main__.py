@@ -7,6 +7,7 @@ import sys
 import fire
 
 from bundle.calibrate import calibrate, guard
+from bundle.compare import compare
 from bundle.demo import demo
 from bundle.evaluate import evaluate
 from bundle.phantom import phantom
@@ -17,7 +18,7 @@ from bundle.synthesize import synthesize
 from custom_modules.volumes import InputError
 
 
-COMMANDS = [synthesize, evaluate, report, calibrate, guard, prepare, phantom, demo, ship]
+COMMANDS = [synthesize, evaluate, compare, report, calibrate, guard, prepare, phantom, demo, ship]
 
 
 def main() -> None:
