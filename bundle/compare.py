@@ -235,6 +235,8 @@ def evaluate(
     evaluation.synthesize()
     rows = [row for row in evaluation.score() if row["system"] == name]
     write_csv(rows, folder / "metrics.csv")
+    if all(row["problem"] for row in rows):
+        raise InputError(rows[0]["problem"])
     sidecars = [json.loads((folder / f"{row['patient']}_sct.json").read_text()) for row in rows if "sct" in row]
     workflow = ConfigWorkflow(
         config_file=[str(ROOT / "configs" / "inference.yaml"), *overlays], workflow_type="infer", logging_file=False,

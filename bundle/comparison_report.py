@@ -145,8 +145,10 @@ def _scores(records: Mapping[str, Record], titles: Mapping[str, str]) -> str:
         if record["problem"]:
             rows.append([titles[name], record["problem"].replace("|", "/"), *[""] * (len(head) - 2)])
             continue
+        missing = [row["patient"] for row in record["rows"] if row["problem"]]
+        note = f" (without {', '.join(missing)}: not scored)" if missing else ""
         cost = [f"{np.mean(record['seconds']):.1f}", f"{record['parameters'] / 1e6:.1f}"]
-        rows.append([titles[name], *(_mean(record, score) for score in SCORES), *cost])
+        rows.append([titles[name] + note, *(_mean(record, score) for score in SCORES), *cost])
     return (
         "## Scores\n\nMean ± SD over patients, inside the body, on the MR's own grid. PSNR, SSIM, MAE and NCC by the paper's "
         "protocol (HU within ±800), bone (over 250 HU) with HU as they are. Inter-slice inconsistency: mean absolute axial "
