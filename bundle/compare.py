@@ -147,22 +147,21 @@ def compare(
         raise InputError(f"a budget of {budget} min is too small for one step of each stage; give more --budget")
     path = Path(datalist or Path(dataset_dir) / "datalist.json")
     pairs = load_pairs(path, dataset_dir, SPLITS)
-    if not pairs["test"]:
-        raise InputError(f"{path}: split 'test' is empty")
     writable_or_stop(output_dir)
     identity = {"budget": float(budget), "data_sha256": check_pairs_or_stop(pairs, 1)}
     marker = Path(output_dir) / "compare.json"
     if marker.exists() and json.loads(marker.read_text()) != identity:
         raise InputError(f"{output_dir}: holds a comparison of another budget or data; give another --output_dir")
     write_json(identity, marker)
+    titles, table = {name: system.title for name, system in SYSTEMS.items()}, Path(output_dir) / "compare.csv"
     for name in names:
         if _done(Path(results) / f"{name}.json", identity):
             print(f"{name}: done, {results}/{name}.json")
             continue
         print(f"{name}: {budget:g} min")
         _compare_one(name, identity, pairs["test"], dataset_dir, path, Path(output_dir), Path(results), settings)
-        write_report(Path(results), identity, {n: s.title for n, s in SYSTEMS.items()}, Path(output_dir) / "compare.csv")
-    write_report(Path(results), identity, {n: s.title for n, s in SYSTEMS.items()}, Path(output_dir) / "compare.csv")
+        write_report(Path(results), identity, titles, table)
+    write_report(Path(results), identity, titles, table)
 
 
 def _names(systems: str | Sequence[str]) -> list[str]:

@@ -43,7 +43,8 @@ def config(name: str, base: str = "inference", **settings) -> ConfigParser:
     files = [ROOT / "configs" / f"{file}.yaml" for file in (base, *SYSTEMS[name].overlays)]
     parser = ConfigParser()
     parser.read_config([str(file) for file in files])
-    for key, value in {**TINY, **settings}.items():
+    channels = {"channels": [32] * 4} if name in ("ddpm", "ddim") else {}
+    for key, value in {**TINY, **channels, **settings}.items():
         parser[key] = value
     return parser
 
