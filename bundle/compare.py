@@ -28,8 +28,8 @@ STEP_SECONDS = 1.0  # a stage with less than this cannot be meant
 
 @dataclass(frozen=True)
 class Stage:
-    """One training: ``files`` below configs, joined, for ``share`` of the system's time. Systems that name the same folder
-    share the training. In ``settings`` texts, {runs} is the folder of all."""
+    """One training: ``files`` below configs, joined, for ``share`` of the system's time. Systems that name the same
+    folder share the training. In the texts of ``settings``, {runs} is the folder of all."""
 
     folder: str
     files: Sequence[str]
@@ -103,7 +103,10 @@ SYSTEMS = {
     ),
     "stable_dm_3d": System(
         "StableDM-3D",
-        [KL_3D, Stage("stable_dm_3d", ["train_autoencoder", *LATENT_3D, AVERAGE], 0.6, _encoded("{runs}/kl_3d/model.pt"))],
+        [
+            KL_3D,
+            Stage("stable_dm_3d", ["train_autoencoder", *LATENT_3D, AVERAGE], 0.6, _encoded("{runs}/kl_3d/model.pt")),
+        ],
         LATENT_3D,
     ),
     "cyclegan": _regression("cyclegan", "CycleGAN", SLICES, "baselines/cyclegan"),
@@ -187,9 +190,8 @@ def _compare_one(
     record = {"system": name, **identity, "date": datetime.now(timezone.utc).date().isoformat(), "commit": commit(),
               "hardware": {**hardware(), "threads": torch.get_num_threads()}, "problem": ""}  # fmt: skip
     try:
-        record["stages"] = [
-            train(stage, identity, dataset_dir, datalist, output_dir / "runs", settings) for stage in SYSTEMS[name].stages
-        ]
+        runs, stages = output_dir / "runs", SYSTEMS[name].stages
+        record["stages"] = [train(stage, identity, dataset_dir, datalist, runs, settings) for stage in stages]
         record |= evaluate(name, dataset_dir, datalist, output_dir, settings)
         _strip(name, pairs[0], output_dir, results)
     except (Exception, SystemExit) as error:

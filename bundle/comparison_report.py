@@ -31,9 +31,10 @@ PAPER_SCORES = tuple(SCORES)[:4]
 # means of the paper's Tables I and II, in the order of PAPER_SCORES
 PAPER = {
     "I": {
-        "ddpm": (21.35, 0.60, 101.04, 0.93), "ddim": (24.29, 0.45, 76.64, 0.97), "stable_dm_2d": (22.59, 0.71, 67.52, 0.95),
-        "controlnet": (22.64, 0.73, 66.72, 0.95), "stable_dm_3d": (21.82, 0.66, 85.44, 0.95),
-        "cyclegan": (23.44, 0.79, 55.04, 0.96), "full": (25.33, 0.81, 47.28, 0.97),
+        "ddpm": (21.35, 0.60, 101.04, 0.93), "ddim": (24.29, 0.45, 76.64, 0.97),
+        "stable_dm_2d": (22.59, 0.71, 67.52, 0.95), "controlnet": (22.64, 0.73, 66.72, 0.95),
+        "stable_dm_3d": (21.82, 0.66, 85.44, 0.95), "cyclegan": (23.44, 0.79, 55.04, 0.96),
+        "full": (25.33, 0.81, 47.28, 0.97),
     },
     "II": {
         "vanilla": (23.02, 0.58, 75.36, 0.96), "wrm": (24.65, 0.68, 59.60, 0.97), "wrm_smd": (25.02, 0.78, 52.24, 0.97),
@@ -41,7 +42,7 @@ PAPER = {
     },
 }  # fmt: skip
 REFERENCE = "full"
-REASONS = ("<!-- reasons: what stands between these two lines is kept when the page is written again -->", "<!-- end -->")
+REASONS = ("<!-- reasons: what stands from here to the end mark is kept when the page is written -->", "<!-- end -->")
 
 
 def read_records(results: Path, identity: Mapping[str, Any], systems: Sequence[str]) -> dict[str, Record]:
@@ -61,7 +62,7 @@ def values(record: Record, score: str) -> dict[str, float]:
 
 
 def p_value(record: Record, reference: Record, score: str) -> float | None:
-    """Of Wilcoxon's signed-rank test over the patients that both have; None for fewer than 2, or without differences."""
+    """Of Wilcoxon's signed-rank test over the patients that both have; None for fewer than 2 or no difference."""
     one, other = values(record, score), values(reference, score)
     differences = np.array([one[patient] - other[patient] for patient in one if patient in other])
     return float(wilcoxon(differences).pvalue) if len(differences) > 1 and differences.any() else None
@@ -112,10 +113,10 @@ def _head(records: Mapping[str, Record], identity: Mapping[str, Any]) -> str:
     return (
         "# Tables I and II, repeated\n\n"
         "Written by `python -m bundle compare`; do not edit but between the marks below.\n\n"
-        f"{len(patients)} test patients, never trained or tuned on (data {identity['data_sha256'][:12]}). Each system had "
-        f"{identity['budget']:g} min of wall time, all its stages and its validation included, reading the volumes not; the "
-        "weights are those of its best validation. CPU minutes are those of its own process: where they are well below the "
-        f"minutes times the threads, the machine was shared. Run {dates[0]}"
+        f"{len(patients)} test patients, never trained or tuned on (data {identity['data_sha256'][:12]}). Each system "
+        f"had {identity['budget']:g} min of wall time, all its stages and its validation included, reading the volumes "
+        "not; the weights are those of its best validation. CPU minutes are those of its own process: where they are "
+        f"well below the minutes times the threads, the machine was shared. Run {dates[0]}"
         + (f" to {dates[-1]}" if len(dates) > 1 else "")
         + f" on {'; '.join(sorted(machines)) or '-'}."
     )
@@ -150,9 +151,9 @@ def _scores(records: Mapping[str, Record], titles: Mapping[str, str]) -> str:
         cost = [f"{np.mean(record['seconds']):.1f}", f"{record['parameters'] / 1e6:.1f}"]
         rows.append([titles[name] + note, *(_mean(record, score) for score in SCORES), *cost])
     return (
-        "## Scores\n\nMean ± SD over patients, inside the body, on the MR's own grid. PSNR, SSIM, MAE and NCC by the paper's "
-        "protocol (HU within ±800), bone (over 250 HU) with HU as they are. Inter-slice inconsistency: mean absolute axial "
-        "difference of neighbours over that of the CT; 1 is the CT's own.\n\n" + _markdown(head, rows)
+        "## Scores\n\nMean ± SD over patients, inside the body, on the MR's own grid. PSNR, SSIM, MAE and NCC by the "
+        "paper's protocol (HU within ±800), bone (over 250 HU) with HU as they are. Inter-slice inconsistency: mean "
+        "absolute axial difference of neighbours over that of the CT; 1 is the CT's own.\n\n" + _markdown(head, rows)
     )
 
 
@@ -167,8 +168,8 @@ def _p_values(records: Mapping[str, Record], titles: Mapping[str, str]) -> str:
             rows.append([titles[name], *("" if p is None else f"{p:.3f}" for p in found)])
     least = 2.0 ** (1 - len(values(reference, "paper_mae")))
     return (
-        f"Paired Wilcoxon p against {titles[REFERENCE]}, two-sided, not corrected for the number of tests; with this many "
-        f"patients the least that can be had is {least:.3f}:\n\n"
+        f"Paired Wilcoxon p against {titles[REFERENCE]}, two-sided, not corrected for the number of tests; with this "
+        f"many patients the least that can be had is {least:.3f}:\n\n"
         + _markdown(["", *(heading for heading, _, _ in SCORES.values())], rows)
     )
 

@@ -51,7 +51,7 @@ class ConditionalDiffusion(nn.Module):
     ) -> None:
         super().__init__()
         if condition not in CONDITIONS or (condition == "controlnet") != (controlnet is not None):
-            raise ValueError(f"condition must be one of {CONDITIONS}, and 'controlnet' comes with one, got '{condition}'")
+            raise ValueError(f"condition must be one of {CONDITIONS}, 'controlnet' with one, got '{condition}'")
         self.unet, self.autoencoder, self.controlnet = unet, autoencoder, controlnet
         self.scheduler, self.condition, self.position_channels = scheduler, condition, position_channels
         self.register_buffer("latent_std", torch.zeros(()))  # of the first batch, as in latent diffusion
@@ -109,8 +109,8 @@ class ConditionalDiffusion(nn.Module):
 
 
 def add_controlnet(network: ConditionalDiffusion, path: str) -> ConditionalDiffusion:
-    """Give ``network`` the weights in ``path`` of the same diffusion model without a ControlNet, lock them, and copy its
-    encoder into the ControlNet, whose zero convolutions stay (Zhang et al. 2023). Ends the program where it cannot."""
+    """Give ``network`` the weights in ``path`` of the same diffusion model without a ControlNet, lock them, and copy
+    its encoder into the ControlNet, whose zero convolutions stay (Zhang et al. 2023); ends the program where it cannot."""
     controlnet, network.controlnet = network.controlnet, None
     load_weights_or_stop(network, path)
     network.requires_grad_(False)
@@ -131,7 +131,7 @@ class NoiseLoss(nn.Module):
 
 
 class AutoencoderKLLoss(nn.Module):
-    """L1 reconstruction + ``kl_weight`` times KL, averaged over latent elements (Rombach et al. 2022), + ``adversary``."""
+    """L1 reconstruction + ``kl_weight`` times KL, a mean over latent elements (Rombach et al. 2022), + ``adversary``."""
 
     def __init__(self, adversary: Callable[[Tensor], Tensor], kl_weight: float = 2e-5) -> None:
         super().__init__()

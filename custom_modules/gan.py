@@ -1,4 +1,4 @@
-"""The adversarial baselines' losses, beside MONAI's networks: pix2pix (Isola et al. 2017) and CycleGAN (Zhu et al. 2017)."""
+"""The adversarial baselines' losses, beside MONAI's networks: pix2pix (Isola et al. 2017), CycleGAN (Zhu et al. 2017)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class PairAdversary(Adversary):
     """pix2pix: the discriminator sees pairs, (MR, synthetic CT) and (MR, CT), as two channels."""
 
     def images(self, engine: Engine) -> tuple[Tensor, Tensor]:
-        output = engine.state.output
-        return torch.cat([output["image"], output["pred"].detach()], 1), torch.cat([output["image"], output["label"][0]], 1)
+        mr, fake, (ct, *_) = (engine.state.output[key] for key in ("image", "pred", "label"))
+        return torch.cat([mr, fake.detach()], dim=1), torch.cat([mr, ct], dim=1)
 
 
 class Pix2PixLoss(nn.Module):
@@ -99,7 +99,7 @@ class ByChannel(nn.Module):
 
 
 class ImagePool:
-    """The last generated images; half of those asked for are older ones (Shrivastava et al. 2017). Empty after a resume."""
+    """The last generated images; half of what is answered is older (Shrivastava et al. 2017). Empty after a resume."""
 
     def __init__(self, size: int = 50) -> None:
         self.size, self.pool = size, []  # type: tuple[int, list[Tensor]]

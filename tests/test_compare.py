@@ -1,4 +1,4 @@
-"""The comparison: equal time by the clock, every system from training to its row, merging, the page, what is refused."""
+"""The comparison: equal time by the clock, every system from training to its row, the page, what is refused."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ from custom_modules.volumes import InputError
 
 DIFFUSION = {"channels": [32, 32, 32], "num_train_timesteps": 4, "num_inference_steps": 2, "val_steps": 2}
 PROJECT = {
-    "latent_channels": 4, "autoencoder_channels": [8, 16], "autoencoder_blocks": [1, 1], "denoiser_channels": [8, 16, 16],
-    "roi_size": [32, 32, 32],
+    "latent_channels": 4, "autoencoder_channels": [8, 16], "autoencoder_blocks": [1, 1],
+    "denoiser_channels": [8, 16, 16], "roi_size": [32, 32, 32],
 }  # fmt: skip
+UNET = {"network_def#channels": [4, 8], "network_def#strides": [2], "roi_size": [32, 32, 32]}
 SLICES = {"slice_size": [32, 32]}
 KL = {**SLICES, "autoencoder_channels": [16, 16, 16]}
 TINY = {
@@ -38,8 +39,8 @@ TINY = {
     "stable_dm_2d": {**DIFFUSION, **KL}, "controlnet": {**DIFFUSION, **KL},
     "stable_dm_3d": {**DIFFUSION, **KL, "slice_size": [32, 32, 32]},
     "cyclegan": {**SLICES, "channels": [8, 8, 8], "blocks": [8]},
-    **{name: {"network_def#channels": [4, 8], "network_def#strides": [2], "roi_size": [32] * 3} for name in ("unet", "pix2pix")},
-    **{name: PROJECT for name in ("vanilla", "wrm", "wrm_smd", "full")},
+    **dict.fromkeys(["unet", "pix2pix"], UNET),
+    **dict.fromkeys(["vanilla", "wrm", "wrm_smd", "full"], PROJECT),
 }  # fmt: skip
 FAST = {
     "steps_per_epoch": 2, "max_epochs": 1, "amp": False, "versions": 1, "batch_size": 2, "validations": 1,
@@ -119,10 +120,11 @@ def test_what_was_written_by_hand_stays_in_the_page(tmp_path):
     titles = {name: system.title for name, system in comparison.SYSTEMS.items()}
     identity = {"budget": 1.0, "data_sha256": "a" * 64}
     for name, offset in (("full", 0.0), ("unet", 5.0)):
-        rows = [{"patient": f"p{n}", "problem": "", **dict.fromkeys(SCORES, 10.0 + n + offset * (n + 1))} for n in range(6)]
+        numbers = [10.0 + n + offset * (n + 1) for n in range(6)]
+        rows = [{"patient": f"p{n}", "problem": "", **dict.fromkeys(SCORES, x)} for n, x in enumerate(numbers)]
         record = {
             "system": name, **identity, "date": "2026-01-01", "commit": "c" * 40, "problem": "", "rows": rows,
-            "hardware": {"cpu": "a CPU", "cores": 2, "threads": 2, "gpus": []}, "seconds": [1.0], "parameters": 2_000_000,
+            "hardware": {"cpu": "a CPU", "cores": 2, "threads": 2, "gpus": []}, "seconds": [1.0], "parameters": 2_000,
             "stages": [{"stage": name, "steps": 7, "minutes": 1.0, "cpu_minutes": 1.9, "val_mae": 40.0}],
         }  # fmt: skip
         (tmp_path / "results").mkdir(exist_ok=True)
@@ -130,7 +132,7 @@ def test_what_was_written_by_hand_stays_in_the_page(tmp_path):
     page = write_report(tmp_path / "results", identity, titles, tmp_path / "a.csv")
     text = page.read_text()
     assert "12.50 ± 1.87" in text and "0.031" in text and "a CPU, 2 cores" in text and "| DDPM | not run |" in text
-    page.write_text(text.replace("is written again -->\n", "is written again -->\n\nBecause.\n\n"))
+    page.write_text(text.replace("is written -->\n", "is written -->\n\nBecause.\n\n"))
     assert "\n\nBecause.\n\n" in write_report(tmp_path / "results", identity, titles, tmp_path / "a.csv").read_text()
     other = write_report(tmp_path / "results", {**identity, "budget": 2.0}, titles, tmp_path / "a.csv").read_text()
     assert other.count("not run") == len(titles)
@@ -161,8 +163,9 @@ def test_a_datalist_without_a_test_split_is_refused_in_one_line(split, data, tmp
     datalist = json.loads((data / "datalist.json").read_text())
     datalist.pop("test")
     (tmp_path / "list.json").write_text(json.dumps(datalist | ({"test": []} if split == "empty" else {})))
-    command = [sys.executable, "-m", "bundle", "compare", "--dataset_dir", str(data), "--datalist", str(tmp_path / "list.json"),
-               "--systems", "unet", "--output_dir", str(tmp_path / "out"), "--results", str(tmp_path / "results")]  # fmt: skip
+    command = [sys.executable, "-m", "bundle", "compare", "--dataset_dir", str(data), "--systems", "unet"]
+    for key, name in {"datalist": "list.json", "output_dir": "out", "results": "results"}.items():
+        command += [f"--{key}", str(tmp_path / name)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode and "'test'" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
