@@ -110,7 +110,8 @@ class ConditionalDiffusion(nn.Module):
 
 def add_controlnet(network: ConditionalDiffusion, path: str) -> ConditionalDiffusion:
     """Give ``network`` the weights in ``path`` of the same diffusion model without a ControlNet, lock them, and copy
-    its encoder into the ControlNet, whose zero convolutions stay (Zhang et al. 2023); ends the program where it cannot."""
+    its encoder into the ControlNet, whose zero convolutions stay (Zhang et al. 2023). Ends the program where it
+    cannot."""
     controlnet, network.controlnet = network.controlnet, None
     load_weights_or_stop(network, path)
     network.requires_grad_(False)
@@ -131,7 +132,7 @@ class NoiseLoss(nn.Module):
 
 
 class AutoencoderKLLoss(nn.Module):
-    """L1 reconstruction + ``kl_weight`` times KL, a mean over latent elements (Rombach et al. 2022), + ``adversary``."""
+    """L1 reconstruction + ``kl_weight`` times the mean KL of a latent element (Rombach et al. 2022) + ``adversary``."""
 
     def __init__(self, adversary: Callable[[Tensor], Tensor], kl_weight: float = 2e-5) -> None:
         super().__init__()

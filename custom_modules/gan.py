@@ -1,4 +1,4 @@
-"""The adversarial baselines' losses, beside MONAI's networks: pix2pix (Isola et al. 2017), CycleGAN (Zhu et al. 2017)."""
+"""The adversarial baselines beside MONAI's networks: pix2pix (Isola et al. 2017) and CycleGAN (Zhu et al. 2017)."""
 
 from __future__ import annotations
 
@@ -45,11 +45,12 @@ class Pix2PixPrepareBatch(PrepareBatch):
 
 
 class CycleGAN(nn.Module):
-    """Two generators; with one argument MR to synthetic CT, with two all that the loss looks at."""
+    """Two generators, whose answers end in a tanh; with one argument MR to synthetic CT, with two all that the loss looks
+    at."""
 
     def __init__(self, to_ct: nn.Module, to_mr: nn.Module) -> None:
         super().__init__()
-        self.to_ct, self.to_mr = to_ct, to_mr
+        self.to_ct, self.to_mr = (nn.Sequential(generator, nn.Tanh()) for generator in (to_ct, to_mr))
 
     def forward(self, mr: Tensor, ct: Tensor | None = None) -> Tensor | dict[str, Tensor]:
         if ct is None:
