@@ -12,6 +12,7 @@ from monai.engines import PrepareBatch
 from monai.inferers import ControlNetDiffusionInferer, DiffusionInferer, Inferer
 from monai.networks.blocks.pos_embed_utils import build_sincos_position_embedding
 from monai.networks.schedulers import Scheduler
+from monai.networks.schedulers.ddpm import DDPMPredictionType
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ CONDITIONS = ("concat", "crossattn", "controlnet", "none")
 
 
 class ConditionalDiffusion(nn.Module):
-    """MR to CT by a diffusion model that predicts the noise, of images or of latents, in 2D or 3D.
+    """MR to CT by a diffusion model of images or of latents, in 2D or 3D.
 
     The MR enters by ``condition``: ``concat``, beside the noisy image; ``crossattn``, tokens of its latent and their
     places, to which the U-Net attends (Rombach et al. 2022); ``controlnet``, a copied encoder that reads the MR itself
@@ -31,7 +32,8 @@ class ConditionalDiffusion(nn.Module):
 
     Args:
         unet: MONAI's ``DiffusionModelUNet``.
-        scheduler: of training, MONAI's ``DDPMScheduler``.
+        scheduler: of training, MONAI's ``DDPMScheduler``; its ``prediction_type`` says what the U-Net predicts, the noise
+            or the velocity.
         autoencoder: MONAI's ``AutoencoderKL``, which stays frozen; images themselves when None.
         controlnet: MONAI's ``ControlNet``.
         position_channels: sine and cosine channels that tell a token's place; a multiple of 4 in 2D, of 6 in 3D.
@@ -88,12 +90,14 @@ class ConditionalDiffusion(nn.Module):
         return DiffusionInferer(self.scheduler), {"mode": "concat" if self.condition == "concat" else "crossattn"}
 
     def forward(self, mr: Tensor, ct: Tensor) -> tuple[Tensor, Tensor]:
-        """A training step's noise, predicted and true, at random timesteps."""
+        """A training step's noise or velocity, predicted and true, at random timesteps."""
         clean = self.encode(ct)
         noise = torch.randn_like(clean)
         timesteps = torch.randint(self.scheduler.num_train_timesteps, (len(clean),), device=clean.device)
+        velocity = self.scheduler.prediction_type == DDPMPredictionType.V_PREDICTION
+        target = self.scheduler.get_velocity(clean, noise, timesteps) if velocity else noise
         inferer, how = self._road(mr)
-        return inferer(clean, self.unet, noise=noise, timesteps=timesteps, condition=self.context(mr), **how), noise
+        return inferer(clean, self.unet, noise=noise, timesteps=timesteps, condition=self.context(mr), **how), target
 
     @torch.no_grad()
     def sample(self, mr: Tensor, sampler: Scheduler, steps: int) -> Tensor:
@@ -121,7 +125,7 @@ def add_controlnet(network: ConditionalDiffusion, path: str) -> ConditionalDiffu
 
 
 class NoiseLoss(nn.Module):
-    """L2 between predicted and true noise where the pair is valid (:func:`~custom_modules.losses.has_both`): over
+    """L2 between predicted and true noise, or velocity, where the pair is valid (:func:`~custom_modules.losses.has_both`): over
     latent voxels that hold at most one invalid voxel in twenty."""
 
     def forward(self, output: tuple[Tensor, Tensor], valid: Tensor) -> Tensor:

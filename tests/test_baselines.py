@@ -134,6 +134,26 @@ def test_the_tokens_say_where_they_are():
     assert len({tuple(token.tolist()) for token in tokens[0, :, 4:]}) == 64
 
 
+class Spy(nn.Module):
+    """A U-Net that keeps what it is given."""
+
+    def forward(self, x, timesteps, context=None):
+        self.noisy, self.timestep = x, int(timesteps[0])
+        return x
+
+
+def test_the_target_is_what_the_sampler_takes_the_answer_for():
+    """A perfect answer leads back to the clean latent in one step of MONAI's sampler."""
+    for name in ("ddpm", "stable_dm_2d"):
+        parser = config(name)
+        net, sampler = (parser.get_parsed_content(key) for key in ("network_def", "val_sampler"))
+        net.unet = spy = Spy()
+        ct = torch.rand(1, 1, 32, 32) * 2 - 1
+        _, target = net(torch.rand(1, 1, 32, 32), ct)
+        _, clean = sampler.step(target, spy.timestep, spy.noisy[:, : target.shape[1]])
+        torch.testing.assert_close(clean, net.encode(ct), atol=2e-2, rtol=1e-2)
+
+
 def test_the_autoencoder_below_a_latent_baseline_stays_as_it_is():
     net = network("stable_dm_2d")
     assert not any(p.requires_grad for p in net.autoencoder.parameters())
