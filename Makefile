@@ -39,6 +39,16 @@ test-label: .venv/installed .venv-label/installed
 
 # ratios and costs, minutes to an hour; DATA=DIR takes real pairs
 bench: .venv/installed
+	$(PY) -m pip install --quiet --no-deps ptwt==1.0.1
+	$(PY) benchmarks/road.py volumes
+	$(PY) benchmarks/road.py settings
+	$(PY) benchmarks/files.py
+	$(PY) benchmarks/blocks.py
+	$(PY) benchmarks/wavelets.py
+ifdef DATA
+	$(PY) benchmarks/steps.py --dataset_dir "$(DATA)"
+	$(PY) benchmarks/invariance.py --dataset_dir "$(DATA)"
+endif
 	$(PY) benchmarks/training.py $(if $(DATA),--dataset_dir "$(DATA)")
 
 # SCHEMA=FILE takes a copy of MONAI's metadata schema where there is no network

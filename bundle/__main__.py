@@ -7,6 +7,7 @@ import sys
 import fire
 
 from bundle.calibrate import calibrate, guard
+from bundle.compare import compare
 from bundle.demo import demo
 from bundle.evaluate import evaluate
 from bundle.export import export
@@ -18,7 +19,9 @@ from bundle.ship import ship
 from bundle.synthesize import synthesize
 from custom_modules.errors import InputError
 
-COMMANDS = [synthesize, evaluate, report, calibrate, guard, prepare, phantom, demo, ship, export, package]
+COMMANDS = [
+    synthesize, evaluate, compare, report, calibrate, guard, prepare, phantom, demo, ship, export, package,
+]  # fmt: skip
 
 
 def main() -> None:

@@ -9,13 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 from monai.bundle import ConfigWorkflow
 from scipy.stats import bootstrap
 from tqdm import tqdm
 
 from custom_modules.errors import InputError, stop
-from custom_modules.metrics import METRICS, PROTOCOLS, bias, check_hu, ct_body_mask, score
+from custom_modules.metrics import METRICS, PROTOCOLS, bias, check_hu, ct_body_mask, score, slice_inconsistency
 from custom_modules.organs import organ_dice
 from custom_modules.pairs import load_pairs
 from custom_modules.sidecar import write_json
@@ -224,7 +225,7 @@ def score_patient(pair: Mapping[str, str], sct: Path, lookup: np.ndarray | None,
     mr, label, pred = read_volume(pair["image"]), read_volume(pair["label"]), read_volume(sct)
     for path, volume in ((sct, pred), (pair["image"], mr)):
         same_grid(path, volume, pair["label"], label)
-    spacing = np.asarray(mr.pixdim)
+    spacing, axial = np.asarray(mr.pixdim), list(nib.io_orientation(mr.affine)[:, 0]).index(2)
     mr, ct, pred = (np.asarray(x[0]) for x in (mr, label, pred))
     for path, volume in ((pair["label"], ct), (sct, pred)):
         check_hu(volume, str(path))
@@ -237,6 +238,7 @@ def score_patient(pair: Mapping[str, str], sct: Path, lookup: np.ndarray | None,
         for system, values in systems.items()
     ]
     near = mask & near_border(mask.shape, spacing)
+    rows[0]["slice_inconsistency"] = slice_inconsistency(pred, ct, mask, axial)
     rows[0].update(sct=str(sct), border_bias=bias(pred, ct, near), inside_bias=bias(pred, ct, mask & ~near))
     if not mask.any():
         rows[0]["problem"] = f"{pair['label']}: no body in it where the MR has signal; no metric is defined"

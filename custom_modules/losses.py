@@ -63,11 +63,15 @@ class Adversary:
         self.discriminator.requires_grad_(True)
         return self.weight * self.loss(logits.float(), target_is_real=True, for_discriminator=False)
 
+    def images(self, engine: Engine) -> tuple[Tensor, Tensor]:
+        """What the discriminator learns to tell apart: generated images, detached, and real ones."""
+        return engine.state.output["pred"][0].detach(), engine.state.output["image"]
+
     def _train(self, engine: Engine) -> None:
         if self.iteration <= self.warmup // 2:
             return
         steps = engine.accumulation_steps
-        fake, real = engine.state.output["pred"][0].detach(), engine.state.output["image"]
+        fake, real = self.images(engine)
         with torch.autocast(real.device.type, dtype=torch.bfloat16, enabled=self.amp):
             logits = self.wrapped(torch.cat([fake, real]))[-1]
         on_fake, on_real = logits.float().chunk(2)

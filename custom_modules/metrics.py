@@ -151,6 +151,14 @@ def ms_ssim(
     return product
 
 
+def slice_inconsistency(pred: np.ndarray, ct: np.ndarray, mask: np.ndarray, axis: int = -1) -> float:
+    """Mean absolute difference of neighbours along ``axis``, of the prediction over that of the CT, where both neighbours
+    are in the mask: 1 is the CT's own, more is flicker from slice to slice, less is blur."""
+    both = np.minimum(*(np.take(mask, range(n, n + mask.shape[axis] - 1), axis) for n in (0, 1)))
+    own, real = (_mean(np.abs(np.diff(x.astype(np.float64), axis=axis))[both]) for x in (pred, ct))
+    return own / real if real else float("nan")
+
+
 def _inside(pred: np.ndarray, ct: np.ndarray, mask: np.ndarray, window: Window | None) -> tuple[np.ndarray, np.ndarray]:
     """Both over the mask as float64, clipped to ``window`` where there is one."""
     a, b = (x[mask].astype(np.float64) for x in (pred, ct))

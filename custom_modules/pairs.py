@@ -39,7 +39,7 @@ def load_pairs(
     for split in splits:
         try:
             entries = load_decathlon_datalist(str(datalist), True, split, base_dir=str(base_dir))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:  # MONAI looks at the first entry
             raise InputError(f"{datalist}: has no usable split '{split}' ({error})") from error
         for number, entry in enumerate(entries):
             for key in ("image", "label"):

@@ -267,9 +267,9 @@ def write_record(folder: str | Path, settings: Mapping[str, Any], data: str = ""
         "command": sys.argv,
         "settings": plain,
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
-        "commit": _commit(),
+        "commit": commit(),
         "data_sha256": data,
-        "hardware": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "gpus": _gpus()},
+        "hardware": hardware(),
     }
     temporary = path.with_name(f".run.json.{os.getpid()}")
     temporary.write_text(json.dumps([*records, record], indent=1, default=str))
@@ -282,11 +282,16 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _gpus() -> list[str]:
-    return [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+def hardware() -> dict[str, Any]:
+    """CPU model, cores that this process may use, and GPUs."""
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.+)", info.read_text()) if info.is_file() else []
+    cpu = models[0] if models else platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": cpu, "cores": cores, "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]}
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The repository's commit, with ``+`` where files were changed; None outside a repository."""
     root = Path(__file__).parent
     try:

@@ -24,14 +24,15 @@ from custom_modules.tiling import pad_to_windows
 
 
 class AutocastInferer(Inferer):
-    """Run another inferer in bfloat16 autocast on whatever device the inputs are."""
+    """Run another inferer in bfloat16 autocast on whatever device the network is."""
 
     def __init__(self, inferer: Callable[..., Any], enabled: bool = True) -> None:
         super().__init__()
         self.inferer, self.enabled = inferer, enabled
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.enabled):
+        device = next(network.parameters(), inputs).device
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.enabled):
             return self.inferer(inputs, network, *args, **kwargs)
 
 

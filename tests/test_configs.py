@@ -114,17 +114,17 @@ def test_the_ids_that_monai_and_monai_label_use_are_there(name, identifier):
     assert parsed(name).get(identifier) is not None
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
-def test_configs_name_only_custom_modules_monai_and_what_it_builds_on(name):
-    targets = [str(value) for path, value in _items(parsed(name).get()) if path.endswith("_target_")]
-    assert targets
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda path: path.stem)
+def test_configs_name_only_custom_modules_monai_and_what_it_builds_on(path):
+    values = ConfigParser.load_config_file(str(path))
+    targets = [str(value) for key, value in _items(values) if key.endswith("_target_")]
     for target in targets:
         assert "." not in target or target.split(".")[0] in {"custom_modules", "monai", "torch", "ignite"}, target
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
-def test_a_config_opens_with_a_sentence_on_what_it_runs(name):
-    first = CONFIGS[name].read_text().splitlines()[0]
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda path: path.stem)
+def test_a_config_opens_with_a_sentence_on_what_it_runs(path):
+    first = path.read_text().splitlines()[0]
     assert first.startswith("# ") and len(first.split()) > 5
 
 
