@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 
 import fire
-import numpy as np
 from common import publish
 
 from bundle.evaluate import evaluate
@@ -28,8 +27,8 @@ def main(dataset_dir: str, split: str = "validation", steps: tuple[int, ...] = (
 
 
 def scores(means: dict) -> dict[str, float]:
-    names = {"in-body MAE, HU": "synthrad2025_mae", "bias, HU": "synthrad2025_bias", "bone Dice": "bone_dice"}
-    return {title: float(np.asarray(means[name]["mean"])) for title, name in names.items()}
+    names = {"in-body MAE, HU": "synthrad2025_mae", "bias, HU": "synthrad2025_bias", "bone Dice": "synthrad2025_bone_dice"}
+    return {title: float(means[name]["mean"]) for title, name in names.items()}
 
 
 if __name__ == "__main__":
