@@ -116,6 +116,26 @@ def test_a_scored_system_is_not_trained_again_and_another_failing_keeps_its_row(
     assert "it broke" in (tmp_path / "other/results.md").read_text()
 
 
+def test_a_system_that_is_stopped_goes_on_where_it_was(data, tiny, tmp_path, monkeypatch):
+    step = TimeBudget._step
+
+    def killed(self: TimeBudget, engine: Engine) -> None:
+        step(self, engine)
+        if engine.state.iteration == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TimeBudget, "_step", killed)
+    long = {"steps_per_epoch": 2, "max_epochs": 3, "checkpoint_interval": 2}
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path, "unet", **long)
+    assert not (tmp_path / "results").exists()
+    taken: list[int] = []
+    monkeypatch.setattr(TimeBudget, "_step", lambda self, engine: taken.append(engine.state.iteration))
+    record = run(data, tmp_path, "unet", **long)["unet"]
+    assert taken == [3, 4, 5, 6] and record["stages"][0]["steps"] == 6 and not record["problem"]
+    assert not list((tmp_path / "runs/runs/unet").glob("checkpoint_*.pt"))  # complete
+
+
 def test_what_was_written_by_hand_stays_in_the_page(tmp_path):
     titles = {name: system.title for name, system in comparison.SYSTEMS.items()}
     identity = {"budget": 1.0, "data_sha256": "a" * 64}
