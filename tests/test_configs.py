@@ -94,12 +94,12 @@ def test_the_shared_parameters_are_used_by_reference_and_written_once(name):
 
 
 def test_training_and_inference_read_volumes_by_the_same_transform():
-    for name, key in {"train": "read", "train_autoencoder": "read", "inference": "preprocessing#transforms#0"}.items():
+    for name, key in {"train": "read", "train_autoencoder": "read", "inference": "preprocessing#transforms#1"}.items():
         assert parsed(name)[key]["_target_"] == "custom_modules.transforms.Preprocess"
 
 
 def test_training_and_inference_scale_the_mr_alike():
-    inference = parsed("inference")["preprocessing#transforms#1"]
+    inference = parsed("inference")["preprocessing#transforms#2"]
     assert inference["keys"] == "image"
     for name in ("train", "train_autoencoder"):
         assert parsed(name)["normalize#0"] == inference
