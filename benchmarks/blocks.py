@@ -91,7 +91,8 @@ def compare(
 
 def of_modules(part: str, x: Tensor, modules: Mapping[str, nn.Module], repeats: int) -> list[dict[str, Any]]:
     modules = {name: m.to(x.device, memory_format=torch.channels_last_3d) for name, m in modules.items()}
-    works = {name: (lambda m=m: m(x), list(m.parameters())) for name, m in modules.items()}
+    x.requires_grad_()  # as within a network
+    works = {name: (lambda m=m: m(x), [x, *m.parameters()]) for name, m in modules.items()}
     return compare(part, f"{x.shape[1]} x {x.shape[2]}³", works, repeats, x.device)
 
 

@@ -41,7 +41,7 @@ def synthesize(mr: str, folder: Path, threads: int | None = None, **settings: An
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        quiet = {"guard_statistics": None, "inferer#progress": False}
+        quiet = {"guard_statistics": None}
         volumes = [{"image": mr, "output": "sct.nii.gz"}]
         inference_workflow(output_dir=str(folder), **{"dataset#data": volumes}, **quiet, **settings).run()
     finally:

@@ -50,8 +50,8 @@ class LatentSamplingInferer(Inferer):
         sw_batch_size: windows a batch; chosen by the free memory of the device when None.
         memory_limit: GiB that the process may hold, on CPU of main memory, on CUDA of the device's; what is free when
             None.
-        amp: bfloat16 autocast of the denoiser. The autoencoder is in single precision, which costs no more on CPU, and
-            without which tiles would differ from the whole by rounding.
+        amp: bfloat16 autocast of the denoiser. The autoencoder stays in single precision, without which tiles would differ
+            from the whole by rounding.
         progress: show a bar over tiles and windows.
 
     Raises:
@@ -231,7 +231,7 @@ class LatentSamplingInferer(Inferer):
             # every sample has a generator, so that its noise does not depend on the window batch
             noise = torch.cat([torch.randn(z_mr.shape, generator=generator) for generator in generators]).to(z_mr)
             with self._autocast(z_mr.device):
-                condition = network.denoiser.condition(z_mr.repeat(len(generators), 1, 1, 1, 1))
+                condition = network.condition(z_mr.repeat(len(generators), 1, 1, 1, 1))
                 z = network.schedule.sample(
                     lambda z, t: network.predict(z, t, condition), noise, self.num_inference_steps
                 )
@@ -279,6 +279,6 @@ class Denoising:
         new = [name for name in dict.fromkeys(names) if name not in self.conditions]
         if new:
             stack = torch.cat([self.z_mr[(..., *self.windows.boxes[name])] for name in new])
-            condition = self.network.denoiser.condition(stack)
+            condition = self.network.condition(stack)
             self.conditions.update(zip(new, zip(*(tensor.split(1) for tensor in condition))))
         return [torch.cat(tensors) for tensors in zip(*(self.conditions[name] for name in names))]

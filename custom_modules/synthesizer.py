@@ -88,9 +88,12 @@ class Synthesizer(nn.Module):
         low, high = self.hu_window.tolist()
         return (ct + 1) / 2 * (high - low) + low
 
+    def condition(self, z_mr: Tensor) -> tuple[Tensor, ...]:
+        """What the denoiser makes of Z_MR, the same for every step (:meth:`LatentDenoiser.condition`)."""
+        return self.denoiser.condition(z_mr)
+
     def predict(self, z: Tensor, t: int, condition: Sequence[Tensor]) -> Tensor:
-        """The denoiser's output for the noisy CT latent ``z`` at timestep ``t``, under the ``condition`` that
-        :meth:`~custom_modules.denoiser.LatentDenoiser.condition` makes of Z_MR."""
+        """The denoiser's output for the noisy CT latent ``z`` at timestep ``t``, under :meth:`condition`."""
         timesteps = torch.full((len(z),), t, device=z.device)
         return self.denoiser.denoise(z, timesteps, condition)
 
@@ -116,6 +119,6 @@ class Synthesizer(nn.Module):
         """
         z_mr = self.encode(mr, "MR")
         z = torch.zeros_like(z_mr) if noise is None else noise
-        condition = self.denoiser.condition(z_mr)
+        condition = self.condition(z_mr)
         z = self.schedule.sample(lambda z, t: self.predict(z, t, condition), z, self.num_inference_steps)
         return self.decode(z)

@@ -30,13 +30,19 @@ def pad_to_windows(x: Tensor, roi_size: Sequence[int], unit: int, margin: int = 
 
 
 def tile_size(size: Sequence[int], voxels: int, halo: int, unit: int) -> list[int]:
-    """The tile that holds at most ``voxels`` with a ``halo`` on each side: all of ``size``, halved along its longest axis
-    in multiples of ``unit`` as often as needed. Slabs waste less on halos than cubes do."""
-    tile = list(size)
-    while math.prod(min(t + 2 * halo, s) for t, s in zip(tile, size)) > voxels and max(tile) > unit:
-        axis = tile.index(max(tile))
-        tile[axis] = -(-tile[axis] // (2 * unit)) * unit
-    return tile
+    """Of the tiles that hold at most ``voxels`` with a ``halo`` on each side, that which computes least in all; edges are
+    multiples of ``unit``. The smallest there is where none fits."""
+
+    def computed(n: int, tile: int) -> int:
+        return sum(min(start + tile + halo, n) - max(start - halo, 0) for start in range(0, n, tile))
+
+    choices = []
+    for n in size:
+        edges = sorted({-(-n // (parts * unit)) * unit for parts in range(1, -(-n // unit) + 1)})
+        choices.append([(edge, min(edge + 2 * halo, n), computed(n, edge)) for edge in edges])
+    every = [list(zip(*choice)) for choice in product(*choices)]  # edges, with their halos, all that is computed
+    fitting = [tile for tile in every if math.prod(tile[1]) <= voxels] or every[:1]
+    return list(min(fitting, key=lambda tile: math.prod(tile[2]))[0])
 
 
 def tiles(size: Sequence[int], tile: Sequence[int], halo: int) -> Iterator[tuple[Box, Box, Box]]:

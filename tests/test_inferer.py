@@ -14,6 +14,7 @@ from custom_modules.errors import InputError
 from custom_modules.inferer import LatentSamplingInferer
 from custom_modules.schedule import DDIMSchedule
 from custom_modules.synthesizer import Synthesizer
+from custom_modules.tensorrt import through_forward
 from custom_modules.tiling import pad_to_windows
 
 MODES = ("whole", "windows")
@@ -35,7 +36,7 @@ class Mirror(nn.Module):
     def __init__(self):
         super().__init__()
         self.autoencoder = SimpleNamespace(downsampling=FACTOR, latent_channels=FACTOR**3)
-        self.denoiser = SimpleNamespace(time_channels=8, condition=lambda z_mr: (z_mr,))
+        self.denoiser = SimpleNamespace(time_channels=8)
         self.schedule = DDIMSchedule()
         self.windows = []
 
@@ -48,6 +49,9 @@ class Mirror(nn.Module):
     def decode(self, latent):
         blocks = latent.unflatten(1, (FACTOR, FACTOR, FACTOR)).permute(0, 4, 1, 5, 2, 6, 3)
         return blocks.flatten(5, 6).flatten(3, 4).flatten(1, 2)[:, None].clone()
+
+    def condition(self, z_mr):
+        return (z_mr,)
 
     def predict(self, z, t, condition):
         (z_mr,) = condition
@@ -216,7 +220,7 @@ def test_windows_are_blended_in_the_prediction_and_the_step_is_taken_once():
     gauss = torch.einsum("i,j,k->ijk", gauss, gauss, gauss).clamp_min(1e-3)  # MONAI's weights never vanish
     for start in (0, 2):
         window = slice(start, start + 4)
-        total[:, :, window] += gauss * network.predict(z[:, :, window], 999, network.denoiser.condition(z_mr[:, :, window]))
+        total[:, :, window] += gauss * network.predict(z[:, :, window], 999, network.condition(z_mr[:, :, window]))
         weights[:, :, window] += gauss
     expected = network.decode(network.schedule.step(total / weights, 999, -1, z))
     torch.testing.assert_close(ct, expected, atol=1e-5, rtol=0)
@@ -321,8 +325,8 @@ def test_another_error_is_not_taken_for_a_lack_of_memory():
 @pytest.mark.parametrize("steps, samples", ((1, 3), (4, 1)))
 def test_what_depends_on_the_mr_only_is_computed_once(steps, samples):
     network, mr, seen = tiny(), volume(32, 16, 16), []
-    condition = network.denoiser.condition
-    network.denoiser.condition = lambda z_mr: seen.append(len(z_mr)) or condition(z_mr)
+    condition = network.condition
+    network.condition = lambda z_mr: seen.append(len(z_mr)) or condition(z_mr)
     inferer(num_inference_steps=steps, num_samples=samples, sw_batch_size=2)(mr, network)
     assert sum(seen) == 3  # windows
 
@@ -366,3 +370,12 @@ def test_a_margin_continues_the_edge_and_is_cut_off_again(margin):
     torch.testing.assert_close(padded[inside], mr)
     network = Mirror()
     torch.testing.assert_close(inferer(margin=margin)(mr, network), mr, atol=1e-4, rtol=0)
+
+
+def test_the_road_through_the_denoisers_forward_is_the_same():
+    network, mr = tiny(), volume(32, 16, 16)
+    expected = inferer(num_inference_steps=2)(mr, network)
+    calls = []
+    network.denoiser.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(inferer(num_inference_steps=2)(mr, through_forward(network)), expected)
+    assert calls
