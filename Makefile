@@ -18,8 +18,9 @@ PORT ?= 8000
 demo: .venv/installed
 	$(PY) -m bundle demo $(if $(MR),--mr "$(MR)")
 
+# two processes of one thread each take about half the time of one with two: most tests are small
 test: .venv/installed
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/installed
 	$(PY) -m pytest -m slow

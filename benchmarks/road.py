@@ -3,7 +3,7 @@
     python benchmarks/road.py volumes [--device cuda] [--amp False] [--compile True]
     python benchmarks/road.py settings [--device cuda]
 
-Needs the repository, PyTorch, MONAI and what ``custom_modules`` imports. The volumes are simple bodies, elliptic
+Needs nothing but the repository, PyTorch and MONAI, fire and tqdm. The volumes are simple bodies, elliptic
 cylinders, for the cost depends on their size only; the weights are the shipped ones.
 """
 
@@ -17,7 +17,6 @@ from typing import Any
 
 import fire
 import numpy as np
-import psutil
 import torch
 from common import ROOT, medians, publish, seconds
 from monai.utils import set_determinism
@@ -55,6 +54,9 @@ class Peak:
     def __enter__(self) -> Peak:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+            return self
+        import psutil
+
         self.process, self.running = psutil.Process(), True
         self.before = self.most = self.process.memory_info().rss
         self.thread = threading.Thread(target=self._watch, daemon=True)
@@ -67,10 +69,12 @@ class Peak:
             time.sleep(0.01)
 
     def __exit__(self, *_: Any) -> None:
+        if self.device.type == "cuda":
+            self.gib = torch.cuda.max_memory_allocated(self.device) / GIB
+            return
         self.running = False
         self.thread.join()
-        cuda = self.device.type == "cuda"
-        self.gib = torch.cuda.max_memory_allocated(self.device) / GIB if cuda else (self.most - self.before) / GIB
+        self.gib = (self.most - self.before) / GIB
 
 
 def load(device: torch.device, compiled: bool = False) -> Synthesizer:

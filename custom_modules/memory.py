@@ -7,14 +7,16 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import psutil
-import pynvml
 import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
+from monai.utils import optional_import
 
 from custom_modules.errors import InputError
-from custom_modules.volumes import read_grid
+
+# missing only where nothing but PyTorch and MONAI is installed, to take the figures of a GPU
+psutil, _ = optional_import("psutil")
+pynvml, has_pynvml = optional_import("pynvml")
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ Answer = TypeVar("Answer")
 
 def free_gpu_memory(device: torch.device) -> int:
     """Bytes that no process has taken on a CUDA device, by NVML; by the CUDA runtime where NVML is not to be had."""
+    if not has_pynvml:
+        return int(torch.cuda.mem_get_info(device)[0])
     try:
         pynvml.nvmlInit()
         try:
@@ -110,6 +114,8 @@ class CheckMemoryd(MapTransform):
         self.spacing, self.limit = spacing, limit
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
+        from custom_modules.volumes import read_grid  # and with it the readers' libraries
+
         for key in self.key_iterator(dict(data)):
             grid = read_grid(data[key])
             if grid is None:  # whoever reads it says what is wrong with it

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from custom_modules.errors import InputError, stop
-from custom_modules.pairs import is_on
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -40,12 +39,12 @@ def load_weights(network: Network, path: str | Path) -> Network:
     return network
 
 
-def load_weights_or_stop(network: Network, path: str | Path, compile: bool | str = False) -> Network:
+def load_weights_or_stop(network: Network, path: str | Path, compile: bool = False) -> Network:
     """:func:`load_weights` for configs: an :class:`InputError` ends the program with its one line. With ``compile`` the
     network is compiled afterwards (``torch.compile``)."""
     try:
         load_weights(network, path)
-        if is_on(compile):
+        if compile:
             network.compile()
         return network
     except InputError as error:

@@ -379,3 +379,11 @@ def test_the_road_through_the_denoisers_forward_is_the_same():
     network.denoiser.register_forward_hook(lambda *_: calls.append(1))
     torch.testing.assert_close(inferer(num_inference_steps=2)(mr, through_forward(network)), expected)
     assert calls
+
+
+@pytest.mark.slow
+def test_compiled_networks_give_the_same():
+    network, mr = tiny(), volume(40, 24, 16)
+    expected = inferer(num_inference_steps=2)(mr, network)
+    network.compile()
+    torch.testing.assert_close(inferer(num_inference_steps=2)(mr, network), expected, atol=1e-4, rtol=0)

@@ -1,9 +1,12 @@
 """The window batch follows the free memory of the device."""
 
+import subprocess
+import sys
 import types
 
 import pytest
 import torch
+from conftest import ROOT
 from monai.data import MetaTensor
 
 from custom_modules import memory
@@ -92,3 +95,10 @@ def test_what_has_no_header_is_left_to_the_reader(tmp_path):
     (tmp_path / "broken.nii.gz").write_bytes(b"no image")
     for path in (tmp_path / "broken.nii.gz", tmp_path / "missing.mha", tmp_path):
         memory.CheckMemoryd("image", (2, 2, 2), limit=0)({"image": str(path)})
+
+
+def test_the_figures_of_a_gpu_need_nothing_but_pytorch_and_monai():
+    blocked = "itk nibabel pydicom psutil pynvml skimage ignite pywt pytorch_wavelets matplotlib yaml".split()
+    program = f"import sys; sys.path.insert(0, 'benchmarks'); sys.modules.update(dict.fromkeys({blocked!r})); import road"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
