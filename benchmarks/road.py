@@ -186,7 +186,7 @@ def settings(device: str = "cpu", repeats: int = 3) -> None:
         "single precision": ({"amp": False}, body),
         "overlap 0.5": ({"overlap": 0.5}, body),
         "windows of 96": ({"roi_size": (96, 96, 96)}, body),
-        "tiles of a quarter": ({"tile_voxels": 600_000}, body),
+        "tiles of 2 Mvoxel": ({"tile_voxels": 2_000_000}, body),
     }
     inferers = {name: LatentSamplingInferer(progress=False, **kwargs) for name, (kwargs, _) in cases.items()}
     times = medians(

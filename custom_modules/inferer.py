@@ -17,7 +17,7 @@ from custom_modules.synthesizer import Synthesizer
 from custom_modules.tiling import Box, Windows, pad_to_windows, tile_size, tiles, times
 
 TILE_BYTES = 230  # of memory a voxel at the peak of encoding or decoding, measured by benchmarks/road.py
-LEAST_TILE = 2**18  # voxels
+LEAST_TILE = 2**21  # voxels; in smaller ones there is little beside the halo
 WAVELET_GRID = 4  # latent voxels: the coarsest grid of the two-level transforms, on which tiles have to lie
 
 

@@ -31,7 +31,7 @@ def pad_to_windows(x: Tensor, roi_size: Sequence[int], unit: int, margin: int = 
 
 def tile_size(size: Sequence[int], voxels: int, halo: int, unit: int) -> list[int]:
     """Of the tiles that hold at most ``voxels`` with a ``halo`` on each side, that which computes least in all; edges are
-    multiples of ``unit``. The smallest there is where none fits."""
+    multiples of ``unit``. Where none fits, of those that hold the least."""
 
     def computed(n: int, tile: int) -> int:
         return sum(min(start + tile + halo, n) - max(start - halo, 0) for start in range(0, n, tile))
@@ -41,7 +41,8 @@ def tile_size(size: Sequence[int], voxels: int, halo: int, unit: int) -> list[in
         edges = sorted({-(-n // (parts * unit)) * unit for parts in range(1, -(-n // unit) + 1)})
         choices.append([(edge, min(edge + 2 * halo, n), computed(n, edge)) for edge in edges])
     every = [list(zip(*choice)) for choice in product(*choices)]  # edges, with their halos, all that is computed
-    fitting = [tile for tile in every if math.prod(tile[1]) <= voxels] or every[:1]
+    most = max(voxels, min(math.prod(tile[1]) for tile in every))
+    fitting = [tile for tile in every if math.prod(tile[1]) <= most]
     return list(min(fitting, key=lambda tile: math.prod(tile[2]))[0])
 
 

@@ -279,7 +279,8 @@ def test_tiles_with_a_halo_are_the_whole(halo, most):
     assert difference > 0.1 if most is None else difference < most
 
 
-def test_when_memory_runs_out_smaller_tiles_and_batches_give_the_same(caplog):
+def test_when_memory_runs_out_smaller_tiles_and_batches_give_the_same(caplog, monkeypatch):
+    monkeypatch.setattr("custom_modules.inferer.LEAST_TILE", 2**17)
     network, mr = Mirror(), volume(96, 80, 80)
 
     def limited(work, most):
