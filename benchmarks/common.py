@@ -80,8 +80,8 @@ def publish(
     table = "\n".join([*lines, "", f"{date}, {hardware(device)}, PyTorch {torch.__version__}."])
     print(table, flush=True)
     if PAGE.exists():
-        mark = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.S)
-        PAGE.write_text(mark.sub(lambda found: found[1] + table + found[2], PAGE.read_text()))
+        mark = re.compile(f"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
+        PAGE.write_text(mark.sub(lambda found: f"{found[1]}{table}\n{found[2]}", PAGE.read_text()))
 
 
 def _text(value: Any) -> str:
