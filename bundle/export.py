@@ -22,8 +22,8 @@ from torch.fx.experimental import _config as fx_config
 from bundle.phantom import torso_phantom
 from bundle.workflow import inference_workflow
 from custom_modules.errors import InputError
-from custom_modules.inferer import pad_to_windows
 from custom_modules.synthesizer import MODALITIES, Synthesizer
+from custom_modules.tiling import pad_to_windows
 from custom_modules.volumes import writable_or_stop
 
 TOLERANCE = 1e-3  # largest difference from PyTorch, of latents with standard deviation 1 and of images in [-1, 1]
@@ -176,7 +176,8 @@ def inputs_from(window: Tensor, part: str, network: Synthesizer) -> list[tuple[T
         return [(x, torch.tensor([last])), (torch.cat([x, x.flip(2)]), torch.tensor([last, last // 2]))]
     x = window
     if part == "decoder":
-        x = network.schedule.sample(lambda z, t: network.predict(z, t, z_mr), noise, 1)
+        condition = network.condition(z_mr)
+        x = network.schedule.sample(lambda z, t: network.predict(z, t, condition), noise, 1)
     long = torch.cat([x, x.flip(2)], dim=2)
     return [(x,), (torch.cat([long, long.flip(3)]),)]
 

@@ -187,7 +187,8 @@ class VolumeInferer(Inferer):
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor, network: nn.Module) -> Tensor:  # type: ignore[override]
-        volume, device = convert_to_tensor(inputs, track_meta=False), next(network.parameters()).device
+        volume = convert_to_tensor(inputs, track_meta=False)
+        device = next(network.parameters(), volume).device
         parts = volume[0].movedim(-1, 0) if self.slices else volume
         parts, inside = pad_to_windows(parts, [self.unit] * (parts.ndim - 2), self.unit)
         with torch.random.fork_rng():

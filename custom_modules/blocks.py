@@ -93,7 +93,7 @@ class WaveletResidualModule(nn.Module):
         low1, (_, _, *size1) = bands1[:, :channels], bands1.shape
         low1_deeper = self.transform.inverse(self.level2(self.transform(low1)), size1)  # L1''
         bands1 = self.level1(bands1)  # L1', H1'
-        bands1[:, :channels] += low1_deeper
+        bands1 = torch.cat([bands1[:, :channels] + low1_deeper, bands1[:, channels:]], dim=1)
         enhanced = self.transform.inverse(bands1, x.shape[2:])
         del bands1, low1, low1_deeper  # the peak of memory is here
         return self.out(torch.addcmul(x + self.primary(x), self.scale, enhanced))

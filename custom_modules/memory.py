@@ -103,15 +103,19 @@ class CheckMemoryd(MapTransform):
     Args:
         keys: paths of volumes.
         spacing: of the networks' grid, mm.
-        limit: GiB that the process may hold; what the machine has free when None.
+        limit: GiB that the process may hold; what the machine has free when None, or when the limit is that of another
+            ``device``.
 
     Raises:
         InputError: with what is needed and what there is.
     """
 
-    def __init__(self, keys: KeysCollection, spacing: Sequence[float], limit: float | None = None) -> None:
+    def __init__(
+        self, keys: KeysCollection, spacing: Sequence[float], limit: float | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
         super().__init__(keys)
-        self.spacing, self.limit = spacing, limit
+        self.spacing, self.limit = spacing, limit if torch.device(device).type == "cpu" else None
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
         from custom_modules.volumes import read_grid  # and with it the readers' libraries

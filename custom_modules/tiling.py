@@ -33,17 +33,16 @@ def tile_size(size: Sequence[int], voxels: int, halo: int, unit: int) -> list[in
     """Of the tiles that hold at most ``voxels`` with a ``halo`` on each side, that which computes least in all; edges are
     multiples of ``unit``. Where none fits, of those that hold the least."""
 
-    def computed(n: int, tile: int) -> int:
-        return sum(min(start + tile + halo, n) - max(start - halo, 0) for start in range(0, n, tile))
+    def parts(n: int, edge: int) -> list[int]:
+        return [min(start + edge + halo, n) - max(start - halo, 0) for start in range(0, n, edge)]
 
-    choices = []
+    choices = []  # along each axis: edges, the longest part with its halos, and all parts together
     for n in size:
-        edges = sorted({-(-n // (parts * unit)) * unit for parts in range(1, -(-n // unit) + 1)})
-        choices.append([(edge, min(edge + 2 * halo, n), computed(n, edge)) for edge in edges])
-    every = [list(zip(*choice)) for choice in product(*choices)]  # edges, with their halos, all that is computed
-    most = max(voxels, min(math.prod(tile[1]) for tile in every))
-    fitting = [tile for tile in every if math.prod(tile[1]) <= most]
-    return list(min(fitting, key=lambda tile: math.prod(tile[2]))[0])
+        edges = range(unit, -(-n // unit) * unit + 1, unit)
+        choices.append([(edge, max(parts(n, edge)), sum(parts(n, edge))) for edge in edges])
+    every = [list(zip(*choice)) for choice in product(*choices)]
+    most = max(voxels, min(math.prod(held) for _, held, _ in every))
+    return list(min((math.prod(computed), edges) for edges, held, computed in every if math.prod(held) <= most)[1])
 
 
 def tiles(size: Sequence[int], tile: Sequence[int], halo: int) -> Iterator[tuple[Box, Box, Box]]:

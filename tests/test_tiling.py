@@ -8,18 +8,18 @@ import torch
 
 from custom_modules.tiling import Windows, tile_size, tiles, times
 
-SIZES = ((72, 52, 148), (16, 16, 16), (5, 40, 9), (4, 4, 4))
+SIZES = ((24, 16, 40), (16, 16, 16), (5, 40, 9), (4, 4, 4))
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("halo", (0, 8))
-@pytest.mark.parametrize("voxels", (1, 3000, 187_500, 10**9))
+@pytest.mark.parametrize("voxels", (1, 3000, 10**9))
 def test_tiles_cover_every_voxel_once_with_what_is_around_them(size, halo, voxels):
     tile = tile_size(size, voxels, halo, 4)
-    seen = np.zeros(size, dtype=int)
+    seen, places = np.zeros(size, dtype=int), np.indices(size)
     for wide, box, inner in tiles(size, tile, halo):
         seen[box] += 1
-        assert np.array_equal(np.indices(size)[:, *wide][:, *inner], np.indices(size)[:, *box])
+        assert np.array_equal(places[:, *wide][:, *inner], places[:, *box])
         assert all(w.start == max(b.start - halo, 0) for w, b in zip(wide, box))
         assert all(w.stop == min(b.stop + halo, n) for w, b, n in zip(wide, box, size))
         assert all(b.start % 4 == 0 for b in box)
