@@ -16,7 +16,7 @@ from custom_modules.memory import free_memory, shrinking, window_batch
 from custom_modules.synthesizer import Synthesizer
 from custom_modules.tiling import Box, Windows, pad_to_windows, tile_size, tiles, times
 
-TILE_BYTES = 230  # of memory a voxel at the peak of encoding or decoding, measured by benchmarks/road.py
+TILE_BYTES = 230  # of memory a voxel at the peak of encoding or decoding; generous, see docs/performance.md
 LEAST_TILE = 2**21  # voxels; in smaller ones there is little beside the halo
 WAVELET_GRID = 4  # latent voxels: the coarsest grid of the two-level transforms, on which tiles have to lie
 
@@ -45,8 +45,8 @@ class LatentSamplingInferer(Inferer):
         seed: of the noise, which is drawn on the CPU and so is the same on every device; sample k has seed + k, so that
             N samples are those of N runs of one.
         tile_voxels: of the largest tile that is encoded or decoded at once.
-        halo: image voxels around each tile that are computed with it and thrown away; 32 hold all but 0.01 HU of what a
-            decoder sees.
+        halo: image voxels around each tile that are computed with it and thrown away; with 32 other tiles move the
+            answer by 0.02 HU on average (benchmarks/invariance.py, single precision).
         sw_batch_size: windows a batch; chosen by the free memory of the device when None.
         memory_limit: GiB that the process may hold, on CPU of main memory, on CUDA of the device's; what is free when
             None.
@@ -151,7 +151,8 @@ class LatentSamplingInferer(Inferer):
         body = F.max_pool3d(body, f)[0, 0] > 0
         windows = Windows(body.to(network.device), [size // f for size in roi_size], self.overlap)
         z_mr = self._encode(mr, network, windows.needed)
-        return self._decode(self._sample(z_mr, network, windows, self._batch(network, roi_size), generators), network, body)
+        z = self._sample(z_mr, network, windows, self._batch(network, roi_size), generators)
+        return self._decode(z, network, body)
 
     def _sample(
         self, z_mr: Tensor, network: Synthesizer, windows: Windows, batch: int, generators: list[torch.Generator]

@@ -27,7 +27,7 @@ CPU_BATCH = 4
 LARGEST_BATCH = 32
 GIB = 2**30
 # Bytes of main memory that the road holds at its peak, for each voxel of the file and of the networks' grid, and besides;
-# measured by benchmarks/road.py
+# from the peaks of benchmarks/files.py
 SOURCE_BYTES, GRID_BYTES, FIXED_BYTES = 20, 25, 2**28
 
 Answer = TypeVar("Answer")

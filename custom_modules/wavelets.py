@@ -23,7 +23,7 @@ def _haar_matrix(reference: Tensor) -> Tensor:
 
 def _haar_forward(x: Tensor) -> Tensor:
     n, c, d, h, w = x.shape
-    if c == 1 and x.device.type == "cpu":  # an image: 3 to 7 times the product's speed; on CUDA it would round to TF32
+    if c == 1 and x.device.type == "cpu":  # an image: faster than the product; on CUDA it would round to TF32
         kernel = _haar_matrix(x).view(BANDS, 1, 2, 2, 2).contiguous(memory_format=torch.channels_last_3d)
         return F.conv3d(x, kernel, stride=2)
     blocks = x.permute(0, 2, 3, 4, 1).reshape(n, d // 2, 2, h // 2, 2, w // 2, 2, c)
