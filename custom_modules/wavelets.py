@@ -23,13 +23,24 @@ def _haar_matrix(reference: Tensor) -> Tensor:
 
 def _haar_forward(x: Tensor) -> Tensor:
     n, c, d, h, w = x.shape
-    if c == 1 and x.device.type == "cpu":  # an image: faster than the product; on CUDA it would round to TF32
-        kernel = _haar_matrix(x).view(BANDS, 1, 2, 2, 2).contiguous(memory_format=torch.channels_last_3d)
-        return F.conv3d(x, kernel, stride=2)
+    if c == 1 and x.device.type == "cpu":  # on CUDA a convolution would round to TF32
+        return _haar_forward_of_image(x)
     blocks = x.permute(0, 2, 3, 4, 1).reshape(n, d // 2, 2, h // 2, 2, w // 2, 2, c)
     blocks = blocks.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, BANDS, c)
     bands = torch.matmul(_haar_matrix(x), blocks)
     return bands.reshape(n, d // 2, h // 2, w // 2, BANDS * c).permute(0, 4, 1, 2, 3)
+
+
+def _haar_forward_of_image(x: Tensor) -> Tensor:
+    """One channel has nothing to fill a product with, so runs of up to eight voxels along the width are taken as channels,
+    without moving any: a convolution of 2 x 2 x 1 gives the bands of their four blocks, twice as fast as one of 2 x 2 x 2."""
+    n, _, d, h, w = x.shape
+    run = next(length for length in (8, 4, 2) if w % length == 0)
+    blocks = torch.eye(run // 2, dtype=x.dtype, device=x.device)
+    bands = _haar_matrix(x).view(BANDS, 2, 2, 2).permute(0, 3, 1, 2)  # the block's width goes to the channels
+    kernel = (blocks[:, None, :, None, None, None] * bands[None, :, None]).reshape(-1, run, 2, 2, 1)
+    out = F.conv3d(x.reshape(n, d, h, w // run, run).permute(0, 4, 1, 2, 3), kernel, stride=(2, 2, 1))
+    return out.permute(0, 2, 3, 4, 1).reshape(n, d // 2, h // 2, w // 2, BANDS).permute(0, 4, 1, 2, 3)
 
 
 def _haar_inverse(bands: Tensor) -> Tensor:

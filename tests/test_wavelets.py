@@ -19,20 +19,22 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("channels", (1, 3))
+@pytest.mark.parametrize("size", (*SIZES, (4, 6, 16), (2, 4, 12)))
 @pytest.mark.parametrize("wavelet", WAVELETS)
-def test_bands_are_the_coefficients_of_pywavelets(wavelet, size):
-    x = torch.randn(2, 3, *size)
+def test_bands_are_the_coefficients_of_pywavelets(wavelet, size, channels):
+    x = torch.randn(2, channels, *size)
     expected = pywt.dwtn(x.double().numpy(), wavelet, mode="symmetric", axes=(2, 3, 4))
     expected = np.concatenate([expected[name] for name in BAND_NAMES], axis=1)
     np.testing.assert_allclose(WaveletTransform3d(wavelet)(x).numpy(), expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("channels", (1, 3))
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("wavelet", WAVELETS)
-def test_inverse_gives_the_input_back_at_its_own_size(wavelet, size):
+def test_inverse_gives_the_input_back_at_its_own_size(wavelet, size, channels):
     transform = WaveletTransform3d(wavelet)
-    x = torch.randn(2, 3, *size)
+    x = torch.randn(2, channels, *size)
     torch.testing.assert_close(transform.inverse(transform(x), size), x, atol=5e-6, rtol=0)
 
 
