@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "the same in single precision": {"tile_voxels": 600_000, "amp": False},
     "halo of 16 voxels": {"tile_voxels": 600_000, "halo": 16, "amp": False},
     "single precision": {"amp": False},
+    "another seed, for comparison": {"seed": 1},
     "windows of 48³": {"roi_size": [48, 48, 48]},
     "windows of 96³": {"roi_size": [96, 96, 96]},
     "overlap 0.5": {"overlap": 0.5},
