@@ -33,7 +33,7 @@ def _haar_forward(x: Tensor) -> Tensor:
 
 def _haar_forward_of_image(x: Tensor) -> Tensor:
     """One channel has nothing to fill a product with, so runs of up to eight voxels along the width are taken as channels,
-    without moving any: a convolution of 2 x 2 x 1 gives the bands of their four blocks, twice as fast as one of 2 x 2 x 2."""
+    without moving any: a convolution of 2 x 2 x 1 gives the bands of their blocks (benchmarks/wavelets.py)."""
     n, _, d, h, w = x.shape
     run = next(length for length in (8, 4, 2) if w % length == 0)
     blocks = torch.eye(run // 2, dtype=x.dtype, device=x.device)
