@@ -10,7 +10,7 @@ from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 from torch import Tensor, nn
 
 from custom_modules.blocks import ChannelRMSNorm, ResidualBlock
-from custom_modules.dsca import DualSkipConnectionAttention, pool_to_tokens
+from custom_modules.dsca import DualSkipConnectionAttention, split_windows
 
 KEYS_AND_VALUES = 4  # tensors that a scale's DSCA takes of Z_MR
 
@@ -24,7 +24,12 @@ class LatentDenoiser(nn.Module):
         num_blocks: residual blocks a scale, on the way down and on the way up.
         dsca: False for plain concatenation in the skips (Table II without DSCA).
         attention_channels: see :class:`~custom_modules.dsca.DualSkipConnectionAttention`.
-        max_tokens: Z_MR is pooled to at most so many keys; raise it to the latent's voxels for full resolution.
+        window: latent voxels along each side of the windows within which DSCA attends. They lie on a fixed grid, so that
+            a latent of any size has one answer, and tiles with a halo on that grid give it too.
+        pooling: of Z_MR before the keys; 1 for full resolution.
+
+    Raises:
+        ValueError: for a window that the scales or the pooling do not divide.
     """
 
     def __init__(
@@ -34,11 +39,15 @@ class LatentDenoiser(nn.Module):
         num_blocks: int = 2,
         dsca: bool = True,
         attention_channels: int = 64,
-        max_tokens: int = 512,
+        window: int = 16,
+        pooling: int = 2,
     ) -> None:
         super().__init__()
-        self.latent_channels, self.time_channels, self.max_tokens = latent_channels, channels[0], max_tokens
+        self.latent_channels, self.time_channels = latent_channels, channels[0]
+        self.window, self.pooling = window, pooling
         self.downsampling = 2 ** (len(channels) - 1)
+        if window % self.downsampling or window % pooling:
+            raise ValueError(f"window must be a multiple of {self.downsampling} and of pooling {pooling}, got {window}")
         embedding = 4 * channels[0]
         self.time_embedding = nn.Sequential(
             nn.Linear(self.time_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
@@ -55,7 +64,7 @@ class LatentDenoiser(nn.Module):
                 nn.Identity() if level == 0 else nn.ConvTranspose3d(width, channels[level - 1], 2, stride=2)
             )
             if dsca:
-                self.skip.append(DualSkipConnectionAttention(width, latent_channels, attention_channels))
+                self.skip.append(DualSkipConnectionAttention(width, latent_channels, attention_channels, window >> level))
         self.middle = ResidualBlock(channels[-1], channels[-1], embedding)
         self.out = nn.Sequential(
             ChannelRMSNorm(channels[0]), nn.SiLU(), nn.Conv3d(channels[0], latent_channels, 3, padding=1)
@@ -63,11 +72,12 @@ class LatentDenoiser(nn.Module):
 
     def condition(self, z_mr: Tensor) -> tuple[Tensor, ...]:
         """All that depends on Z_MR (N, c, d, h, w) and on nothing else, so that a sampler computes it once: the MR half of
-        the first convolution, and for each scale the keys and values of its DSCA. Each has N as its first dimension."""
+        the first convolution, and for each scale the keys and values of its DSCA, of one window after another."""
         weight = self.conv_in.weight[:, self.latent_channels :]
         features = F.conv3d(_channels_last(z_mr), weight, self.conv_in.bias, padding=1)
-        tokens = pool_to_tokens(z_mr, self.max_tokens)
-        return (features, *(tensor for dsca in self.skip for tensor in dsca.keys_and_values(tokens)))
+        pooled = F.avg_pool3d(z_mr, [min(self.pooling, size) for size in z_mr.shape[2:]], ceil_mode=True)
+        windows = split_windows(pooled, self.window // self.pooling)
+        return (features, *(tensor for dsca in self.skip for tensor in dsca.keys_and_values(windows)))
 
     def denoise(self, z: Tensor, timesteps: Tensor, condition: Sequence[Tensor]) -> Tensor:
         """Predict the noise (or velocity) of a batch.

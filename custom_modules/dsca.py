@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,21 +12,39 @@ from custom_modules.autoencoder import WaveletAutoencoderKL
 from custom_modules.blocks import ChannelRMSNorm
 
 
-def pool_to_tokens(z: Tensor, max_tokens: int) -> Tensor:
-    """Average-pool (N, c, d, h, w) by the smallest power of two that leaves at most ``max_tokens`` voxels."""
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens must be 1 or more, got {max_tokens}")
-    factor = 1
-    while torch.Size(-(-size // factor) for size in z.shape[2:]).numel() > max_tokens:
-        factor *= 2
-    return F.avg_pool3d(z, [min(factor, size) for size in z.shape[2:]], ceil_mode=True)
+def split_windows(x: Tensor, window: int) -> Tensor:
+    """Cut (N, C, D, H, W) into windows that share no voxel, (N * windows, C, *sides): ``window`` voxels a side, fewer where
+    ``x`` has fewer. What the last ones lack, the edge repeats."""
+    sides, counts = _grid(x.shape[2:], window)
+    missing = [side * count - size for side, count, size in zip(sides, counts, x.shape[2:])]
+    if any(missing):
+        x = F.pad(x, (0, missing[2], 0, missing[1], 0, missing[0]), mode="replicate")
+    (a, b, c), (i, j, k) = sides, counts
+    cut = x.permute(0, 2, 3, 4, 1).reshape(len(x), i, a, j, b, k, c, -1)
+    return cut.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, a, b, c, x.shape[1]).permute(0, 4, 1, 2, 3)
+
+
+def join_windows(windows: Tensor, size: Sequence[int], window: int) -> Tensor:
+    """(N, C, *size) from what :func:`split_windows` made of it."""
+    (a, b, c), (i, j, k) = _grid(size, window)
+    cut = windows.permute(0, 2, 3, 4, 1).reshape(-1, i, j, k, a, b, c, windows.shape[1])
+    whole = cut.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(-1, i * a, j * b, k * c, windows.shape[1])
+    return whole.permute(0, 4, 1, 2, 3)[..., : size[0], : size[1], : size[2]]
+
+
+def _grid(size: Sequence[int], window: int) -> tuple[list[int], list[int]]:
+    """Sides of a window, and how many there are along each axis."""
+    sides = [min(window, length) for length in size]
+    return sides, [-(-length // side) for length, side in zip(size, sides)]
 
 
 class _CrossAttention(nn.Module):
-    """Query from skip features, key and value from one half of the MR latent; single head."""
+    """Query from skip features, key and value from one half of the MR latent; single head. Every window of ``window``
+    voxels a side attends to keys of its own."""
 
-    def __init__(self, channels: int, context_channels: int, attention_channels: int) -> None:
+    def __init__(self, channels: int, context_channels: int, attention_channels: int, window: int) -> None:
         super().__init__()
+        self.window = window
         self.norm = ChannelRMSNorm(channels)
         self.query = nn.Conv3d(channels, attention_channels, 1)
         self.key = nn.Conv3d(context_channels, attention_channels, 1)
@@ -34,15 +54,17 @@ class _CrossAttention(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V of a half of the (pooled) MR latent, each (N, tokens, attention_channels)."""
+        """K and V of a half of the MR latent's windows (windows, c / 2, d, h, w), each (windows, d h w,
+        attention_channels)."""
         return _tokens(self.key(context)), _tokens(self.value(context))
 
     def attend(self, features: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The query and softmax(Q K^T / sqrt(d)) V, both (N, attention_channels, D, H, W)."""
         query = self.query(self.norm(features))
-        q, k, v = (x[:, None] for x in (_tokens(query), key, value))
+        windows = split_windows(query, self.window)
+        q, k, v = (x[:, None] for x in (_tokens(windows), key, value))
         attended = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)
-        return query, attended.unflatten(2, query.shape[2:])
+        return query, join_windows(attended.unflatten(2, windows.shape[2:]), query.shape[2:], self.window)
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -72,15 +94,17 @@ class DualSkipConnectionAttention(nn.Module):
         channels: of E_i.
         latent_channels: c of Z_MR, whose halves are S_MR and M_MR.
         attention_channels: d_K of both attentions.
+        window: voxels of E_i along each side of a window; the windows of Z_MR are those of the same places.
     """
 
-    def __init__(self, channels: int, latent_channels: int, attention_channels: int) -> None:
+    def __init__(self, channels: int, latent_channels: int, attention_channels: int, window: int) -> None:
         super().__init__()
-        self.structure_emphasis = StructureEmphasis(channels, latent_channels // 2, attention_channels)
-        self.modality_filtering = ModalityFiltering(channels, latent_channels // 2, attention_channels)
+        half = latent_channels // 2
+        self.structure_emphasis = StructureEmphasis(channels, half, attention_channels, window)
+        self.modality_filtering = ModalityFiltering(channels, half, attention_channels, window)
 
     def keys_and_values(self, z_mr: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What DSCA takes of Z_MR (N, c, d, h, w), pooled or not: K and V of S_MR, then those of M_MR."""
+        """What DSCA takes of the windows of Z_MR (windows, c, d, h, w), pooled or not: K and V of S_MR, then of M_MR."""
         structure, modality = WaveletAutoencoderKL.split(z_mr)
         return (
             *self.structure_emphasis.keys_and_values(structure),

@@ -1,5 +1,4 @@
-"""Cutting volumes: tiles that share no voxel, which the autoencoder computes with a halo around each, and overlapping
-windows, which the denoiser blends."""
+"""Cutting volumes into tiles that share no voxel and are computed with a halo around each."""
 
 from __future__ import annotations
 
@@ -7,9 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import product
 
-import torch
 import torch.nn.functional as F
-from monai.data.utils import compute_importance_map, dense_patch_slices
 from torch import Tensor
 
 Box = tuple[slice, ...]
@@ -53,43 +50,16 @@ def tiles(size: Sequence[int], tile: Sequence[int], halo: int) -> Iterator[tuple
     """
     for start in product(*(range(0, s, t) for s, t in zip(size, tile))):
         box = tuple(slice(a, min(a + t, s)) for a, t, s in zip(start, tile, size))
-        wide = tuple(slice(max(b.start - halo, 0), min(b.stop + halo, s)) for b, s in zip(box, size))
+        wide = widen(box, halo, size)
         yield wide, box, tuple(slice(b.start - w.start, b.stop - w.start) for b, w in zip(box, wide))
+
+
+def widen(box: Box, by: int, size: Sequence[int]) -> Box:
+    """``box`` and what lies around it in a volume of ``size``."""
+    return tuple(slice(max(b.start - by, 0), min(b.stop + by, s)) for b, s in zip(box, size))
 
 
 def times(box: Box, factor: int) -> Box:
     """``box`` on a grid that is ``factor`` times finer."""
     return tuple(slice(b.start * factor, b.stop * factor) for b in box)
 
-
-class Windows:
-    """The overlapping windows of a latent, weighted by a Gaussian as in MONAI's ``sliding_window_inference``.
-
-    Those that hold no body are not listed; their share of each voxel's answer goes to ``rest``.
-
-    Args:
-        body: (d, h, w) bool, where the latent stands for body.
-        roi_size: of a window, at most the size of ``body``.
-        overlap: share of a window that neighbours have in common.
-
-    Attributes:
-        boxes: of the windows that hold body.
-        shares: of each of them in the answer, (d, h, w) of the window.
-        rest: (d, h, w), 1 where no listed window has a say.
-        needed: (d, h, w) bool, what lies in a listed window.
-    """
-
-    def __init__(self, body: Tensor, roi_size: Sequence[int], overlap: float) -> None:
-        size = body.shape
-        interval = [r if r == s else max(int(r * (1 - overlap)), 1) for r, s in zip(roi_size, size)]
-        every = dense_patch_slices(size, roi_size, interval)
-        gaussian = compute_importance_map(tuple(roi_size), mode="gaussian", device=body.device).clamp_min(1e-3)
-        total = torch.zeros(size, device=body.device)
-        for box in every:
-            total[box] += gaussian
-        self.boxes: list[Box] = [box for box in every if body[box].any()]
-        self.shares = [gaussian / total[box] for box in self.boxes]
-        self.rest, self.needed = torch.ones_like(total), torch.zeros_like(body)
-        for box, share in zip(self.boxes, self.shares):
-            self.rest[box] -= share
-            self.needed[box] = True
