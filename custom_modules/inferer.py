@@ -156,8 +156,9 @@ class LatentSamplingInferer(Inferer):
         return [part for part in every if body[widen(part[1], reach, size)].any()]
 
     def _tile_voxels(self, device: torch.device, voxel_bytes: int) -> int:
+        """Of a tile that takes ``voxel_bytes`` a voxel: as many as are asked for, and as there is memory for."""
         free = free_memory(device, self.memory_limit)
-        return max(min(self.tile_voxels * TILE_BYTES, free) // voxel_bytes, LEAST_TILE)
+        return min(self.tile_voxels * TILE_BYTES // voxel_bytes, max(free // voxel_bytes, LEAST_TILE))
 
     def _encode(self, mr: Tensor, network: Synthesizer, body: Tensor) -> Tensor:
         """Z_MR (1, c, d, h, w) on the network's device; zero in tiles that are too far from ``body`` to matter to it."""

@@ -27,8 +27,8 @@ def pad_to_windows(x: Tensor, roi_size: Sequence[int], unit: int, margin: int = 
 
 
 def tile_size(size: Sequence[int], voxels: int, halo: int, unit: int) -> list[int]:
-    """Of the tiles that hold at most ``voxels`` with a ``halo`` on each side, that which computes least in all; edges are
-    multiples of ``unit``. Where none fits, of those that hold the least."""
+    """Of the tiles that hold at most ``voxels`` with a ``halo`` on each side, that which computes least in all, of
+    equals the largest; edges are multiples of ``unit``. Where none fits, of those that hold the least."""
 
     def parts(n: int, edge: int) -> list[int]:
         return [min(start + edge + halo, n) - max(start - halo, 0) for start in range(0, n, edge)]
@@ -39,7 +39,8 @@ def tile_size(size: Sequence[int], voxels: int, halo: int, unit: int) -> list[in
         choices.append([(edge, max(parts(n, edge)), sum(parts(n, edge))) for edge in edges])
     every = [list(zip(*choice)) for choice in product(*choices)]
     most = max(voxels, min(math.prod(held) for _, held, _ in every))
-    return list(min((math.prod(computed), edges) for edges, held, computed in every if math.prod(held) <= most)[1])
+    fitting = [(edges, computed) for edges, held, computed in every if math.prod(held) <= most]
+    return list(min(fitting, key=lambda found: (math.prod(found[1]), -math.prod(found[0])))[0])
 
 
 def tiles(size: Sequence[int], tile: Sequence[int], halo: int) -> Iterator[tuple[Box, Box, Box]]:

@@ -128,14 +128,36 @@ def test_the_first_convolution_is_that_of_both_latents_at_once():
 
 
 @torch.no_grad()
-def test_the_latent_is_pooled_to_its_limit():
-    full, pooled = wake(tiny(max_tokens=64)), tiny(max_tokens=8).eval()
+def test_keys_are_those_of_the_pooled_latent():
+    full, pooled = wake(tiny(window=4, pooling=1)), tiny(window=8, pooling=2).eval()
     pooled.load_state_dict(full.state_dict())
-    z_mr = torch.randn(1, 4, 4, 4, 4)
-    means = z_mr.unflatten(4, (2, 2)).unflatten(3, (2, 2)).unflatten(2, (2, 2)).mean(dim=(3, 5, 7))
+    z_mr = torch.randn(1, 4, 16, 8, 8)
+    means = z_mr.unflatten(4, (4, 2)).unflatten(3, (4, 2)).unflatten(2, (8, 2)).mean(dim=(3, 5, 7))
     for actual, expected in zip(pooled.condition(z_mr)[1:], full.condition(means)[1:]):
+        assert actual.shape[:2] == (2, 64)
         torch.testing.assert_close(actual, expected)
-    assert pooled.condition(z_mr)[1].shape[1] == 8 and full.condition(z_mr)[1].shape[1] == 64
+
+
+@pytest.mark.parametrize("settings", ({"window": 6}, {"window": 8, "pooling": 3}))
+def test_window_that_does_not_divide_is_refused(settings):
+    with pytest.raises(ValueError, match="window must be a multiple"):
+        tiny(**settings)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", (64, 60))
+def test_a_part_on_the_grid_of_windows_has_the_answer_of_the_whole_away_from_its_ends(length):
+    """What makes tiles possible: the answer at a place does not depend on how much of the volume is given."""
+    network = wake(tiny(window=8))
+    z, z_mr = torch.randn(2, 1, 4, length, 8, 8)
+
+    def answer(part):
+        return network(torch.cat([z[:, :, part], z_mr[:, :, part]], dim=1), times(500))[:, :, 32 - part.start :]
+
+    whole, alone, shifted = (answer(slice(start, None)) for start in (0, 8, 12))
+    scale = whole.std()
+    torch.testing.assert_close(alone, whole, atol=1e-4 * scale, rtol=0)
+    assert (shifted - whole)[:, :, :8].abs().max() > 1e-2 * scale  # off the grid of the windows
 
 
 def test_context_of_monai_inferers_is_ignored():

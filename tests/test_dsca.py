@@ -5,9 +5,15 @@ import pytest
 import torch
 from torch import nn
 
-from custom_modules.dsca import DualSkipConnectionAttention, ModalityFiltering, StructureEmphasis, pool_to_tokens
+from custom_modules.dsca import (
+    DualSkipConnectionAttention,
+    ModalityFiltering,
+    StructureEmphasis,
+    join_windows,
+    split_windows,
+)
 
-CHANNELS, LATENT, ATTENTION = 5, 6, 4
+CHANNELS, LATENT, ATTENTION, WINDOW = 5, 6, 4, 4
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +28,7 @@ def randomize(module):
 
 
 def dual():
-    return randomize(DualSkipConnectionAttention(CHANNELS, LATENT, ATTENTION))
+    return randomize(DualSkipConnectionAttention(CHANNELS, LATENT, ATTENTION, WINDOW))
 
 
 def attend(module, features, context):
@@ -58,7 +64,7 @@ def as_volume(module, tokens, x):
 
 @pytest.mark.parametrize("size, context_size", (((2, 3, 4), (3, 2, 2)), ((1, 1, 1), (4, 4, 4)), ((3, 3, 3), (1, 1, 1))))
 def test_structure_emphasis_is_equation_9(size, context_size):
-    module = randomize(StructureEmphasis(CHANNELS, LATENT // 2, ATTENTION))
+    module = randomize(StructureEmphasis(CHANNELS, LATENT // 2, ATTENTION, WINDOW))
     x, structure = features(CHANNELS, *size), features(LATENT // 2, *context_size)
     for actual, a, s in zip(attend(module, x, structure).detach(), x, structure):
         expected = as_volume(module, numpy_attention(module, a, s)[1], a)
@@ -67,7 +73,7 @@ def test_structure_emphasis_is_equation_9(size, context_size):
 
 @pytest.mark.parametrize("size, context_size", (((2, 3, 4), (3, 2, 2)), ((1, 1, 1), (4, 4, 4)), ((3, 3, 3), (1, 1, 1))))
 def test_modality_filtering_is_equation_10(size, context_size):
-    module = randomize(ModalityFiltering(CHANNELS, LATENT // 2, ATTENTION))
+    module = randomize(ModalityFiltering(CHANNELS, LATENT // 2, ATTENTION, WINDOW))
     x, modality = features(CHANNELS, *size), features(LATENT // 2, *context_size)
     for actual, a, m in zip(attend(module, x, modality).detach(), x, modality):
         query, attended = numpy_attention(module, a, m)
@@ -85,7 +91,7 @@ def test_skip_is_the_sum_of_figure_4_with_the_decoder_features_behind_it():
 
 
 def test_fresh_module_is_a_plain_concatenation_that_can_learn():
-    module = DualSkipConnectionAttention(CHANNELS, LATENT, ATTENTION)
+    module = DualSkipConnectionAttention(CHANNELS, LATENT, ATTENTION, WINDOW)
     e, d, z = features(CHANNELS, 4, 2, 2), features(7, 4, 2, 2), features(LATENT, 2, 2, 2)
     out = skip(module, e, d, z)
     assert torch.equal(out, torch.cat([e, d], dim=1))
@@ -109,7 +115,7 @@ def test_each_half_of_the_latent_reaches_its_own_attention_alone(silenced, seen)
 
 @pytest.mark.parametrize("attention", (StructureEmphasis, ModalityFiltering))
 def test_order_of_the_keys_does_not_matter(attention):
-    module = randomize(attention(CHANNELS, 3, ATTENTION))
+    module = randomize(attention(CHANNELS, 3, ATTENTION, WINDOW))
     x, context = features(CHANNELS, 2, 3, 2), features(3, 2, 3, 4)
     shuffled = context.flatten(2)[:, :, torch.randperm(24)].view_as(context)
     torch.testing.assert_close(attend(module, x, shuffled), attend(module, x, context), atol=1e-4, rtol=1e-4)
@@ -126,25 +132,35 @@ def test_features_at_a_voxel_do_not_reach_the_attention_of_another():
     assert difference.max() < 1e-5
 
 
-@pytest.mark.parametrize(
-    "size, max_tokens, factor",
-    (
-        ((4, 4, 4), 64, 1),
-        ((4, 4, 4), 63, 2),
-        ((5, 6, 7), 36, 2),
-        ((5, 6, 7), 35, 4),
-        ((9, 1, 2), 5, 2),  # flatter than a block
-        ((3, 3, 3), 1, 4),
-    ),
-)
-def test_tokens_are_the_means_of_the_smallest_blocks_that_fit(size, max_tokens, factor):
-    z = features(3, *size)
-    pooled = pool_to_tokens(z, max_tokens)
-    assert pooled.shape[2:].numel() <= max_tokens
-    expected = z.double().numpy()
-    for axis in (2, 3, 4):  # blocks cut by the border are means of what they hold: sum by axis, then divide
-        expected = np.add.reduceat(expected, range(0, z.shape[axis], factor), axis=axis)
-    counts = np.ones(size)
-    for axis in range(3):
-        counts = np.add.reduceat(counts, range(0, size[axis], factor), axis=axis)
-    np.testing.assert_allclose(pooled.numpy(), expected / counts, atol=1e-6)
+@pytest.mark.parametrize("size", ((4, 8, 12), (5, 3, 9), (1, 1, 1), (4, 2, 7)))
+def test_windows_are_blocks_of_the_volume_and_make_it_again(size):
+    x = features(3, *size)
+    windows = split_windows(x, WINDOW)
+    sides = [min(WINDOW, length) for length in size]
+    assert windows.shape[1:] == (3, *sides)
+    margins = [(0, -length % side) for length, side in zip(size, sides)]
+    padded = np.pad(x.numpy(), [(0, 0), (0, 0), *margins], mode="edge")
+    blocks = [
+        padded[n, :, i : i + sides[0], j : j + sides[1], k : k + sides[2]]
+        for n in range(2)
+        for i in range(0, padded.shape[2], sides[0])
+        for j in range(0, padded.shape[3], sides[1])
+        for k in range(0, padded.shape[4], sides[2])
+    ]
+    np.testing.assert_array_equal(windows.numpy(), np.stack(blocks))
+    assert torch.equal(join_windows(windows, size, WINDOW), x)
+
+
+def test_a_window_attends_to_its_own_keys_alone():
+    module = dual()
+    e, d, z = features(CHANNELS, 8, 4, 4), features(7, 8, 4, 4), features(LATENT, 8, 4, 4)
+
+    def answer(z):
+        return module(e, d, *module.keys_and_values(split_windows(z, WINDOW)))
+
+    changed = z.clone()
+    changed[:, :, 5] += 5
+    difference = (answer(changed) - answer(z)).detach().abs()
+    assert difference[:, :, :4].max() == 0 and (difference[:, :CHANNELS, 4:].amax(dim=1) > 0).all()
+    alone = skip(module, e[:, :, 4:], d[:, :, 4:], z[:, :, 4:])
+    torch.testing.assert_close(answer(z)[:, :, 4:], alone, atol=1e-5, rtol=1e-5)

@@ -11,7 +11,7 @@ from torch import nn
 from custom_modules.autoencoder import WaveletAutoencoderKL
 from custom_modules.denoiser import LatentDenoiser
 from custom_modules.errors import InputError
-from custom_modules.inferer import LatentSamplingInferer
+from custom_modules.inferer import DENOISER_BYTES, TILE_BYTES, LatentSamplingInferer
 from custom_modules.schedule import DDIMSchedule
 from custom_modules.synthesizer import Synthesizer
 from custom_modules.tensorrt import through_forward
@@ -22,8 +22,9 @@ FACTOR = 4
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def small(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr("custom_modules.inferer.LEAST_TILE", 2**17)
 
 
 class Mirror(nn.Module):
@@ -36,7 +37,7 @@ class Mirror(nn.Module):
     def __init__(self):
         super().__init__()
         self.autoencoder = SimpleNamespace(downsampling=FACTOR, latent_channels=FACTOR**3)
-        self.denoiser = SimpleNamespace(time_channels=8)
+        self.denoiser = SimpleNamespace(time_channels=8, window=4)
         self.schedule = DDIMSchedule()
         self.windows = []
 
@@ -66,7 +67,7 @@ def tiny(prediction="v"):
     """Real networks, random weights, latents on a scale of 1; the denoiser needs multiples of 8 image voxels."""
     network = Synthesizer(
         WaveletAutoencoderKL(4, (8, 16), (1, 1)),
-        LatentDenoiser(4, (8, 16), num_blocks=1, attention_channels=8),
+        LatentDenoiser(4, (8, 16), num_blocks=1, attention_channels=8, window=4),
         DDIMSchedule(prediction=prediction),
     )
     for module in network.denoiser.skip:  # silent in a fresh network
@@ -113,10 +114,9 @@ def test_any_volume_comes_back_on_its_own_grid(size, sampling, steps, overlap):
 
 
 @pytest.mark.parametrize("roi_size", ((9, 15, 23), (1, 1, 1), (64, 8, 16)))
-@pytest.mark.parametrize("sampling", MODES)
-def test_window_is_rounded_up_to_what_the_networks_divide_by(roi_size, sampling):
+def test_window_is_rounded_up_to_what_the_networks_divide_by(roi_size):
     network, mr = Mirror(), volume(30, 20, 25)
-    torch.testing.assert_close(inferer(roi_size=roi_size, sampling=sampling)(mr, network), mr, atol=1e-4, rtol=0)
+    torch.testing.assert_close(inferer(roi_size=roi_size, sampling="windows")(mr, network), mr, atol=1e-4, rtol=0)
     expected = tuple(-(-size // 8) * 8 // FACTOR for size in roi_size)
     assert {tuple(window.shape[1:]) for window in network.windows} == {expected}
 
@@ -154,10 +154,10 @@ def test_one_inferer_gives_every_patient_the_same_answer_twice():
     assert torch.equal(sampler(mr, network), sampler(mr, network))
 
 
-@pytest.mark.parametrize("sampling, num_samples", (("whole", 1), ("whole", 2), ("windows", 1), ("windows", 2)))
-def test_answer_does_not_depend_on_the_window_batch(sampling, num_samples):
+@pytest.mark.parametrize("num_samples", (1, 2))
+def test_answer_does_not_depend_on_the_window_batch(num_samples):
     network, mr = tiny(), volume(32, 24, 16)
-    settings = {"sampling": sampling, "num_samples": num_samples}
+    settings = {"sampling": "windows", "num_samples": num_samples}
     expected = inferer(sw_batch_size=1, **settings)(mr, network)
     for batch in (None, 3, 64):
         torch.testing.assert_close(inferer(sw_batch_size=batch, **settings)(mr, network), expected, atol=1e-5, rtol=0)
@@ -189,73 +189,57 @@ def test_several_samples_are_those_of_single_runs_with_their_mean_and_deviation(
 
 
 @torch.no_grad()
-def test_samples_share_the_encoded_mr_and_their_batches():
-    network, mr = Mirror(), volume(32, 16, 16)  # three windows
-    encoded, denoised = [], []
-    encode, predict = network.encode, network.predict
+def test_samples_share_the_encoded_mr():
+    network, mr = Mirror(), volume(32, 16, 16)
+    encoded = []
+    encode = network.encode
     network.encode = lambda *args: encoded.append(1) or encode(*args)
-    network.predict = lambda z, *args: denoised.append(len(z)) or predict(z, *args)
-    inferer(num_samples=4, num_inference_steps=2, sw_batch_size=6)(mr, network)
-    assert encoded == [1] and denoised == [6, 6] * 2
+    inferer(num_samples=4, num_inference_steps=2)(mr, network)
+    assert encoded == [1] and len(network.windows) == 4 * 2
+
+
+CUT = {  # windows of 16 at 0, 8, ..., tiles of 32
+    "windows": {"sampling": "windows"},
+    "whole": {"tile_voxels": 32 * 256 * DENOISER_BYTES // TILE_BYTES + 1, "halo": 0},
+}
 
 
 @pytest.mark.parametrize("sampling", MODES)
 def test_where_there_is_no_body_samples_do_not_differ(sampling):
     mr = volume(160, 16, 16)
-    _, deviation = inferer(sampling=sampling, num_samples=2)(mr, tiny(), slab(mr, 8))[0]
+    _, deviation = inferer(num_samples=2, **CUT[sampling])(mr, tiny(), slab(mr, 8))[0]
     assert deviation[:8].max() > 1e-3
-    far = deviation[120:]  # beyond the windows that hold body and a decoder's reach
+    far = deviation[120:]  # beyond what holds body and a decoder's reach
     torch.testing.assert_close(far, torch.zeros_like(far), atol=1e-5, rtol=0)
 
 
-@torch.no_grad()
-def test_windows_are_blended_in_the_prediction_and_the_step_is_taken_once():
-    """Two windows of 4 latent voxels that overlap by 2, and one step: the velocities are blended by hand."""
-    network, mr = tiny(), volume(24, 16, 16)
-    ct = inferer(seed=2)(mr, network)
-    z_mr = network.encode(mr, "MR")
-    z = torch.randn(z_mr.shape, generator=torch.Generator().manual_seed(2))
-    total, weights = torch.zeros_like(z), torch.zeros(1, 1, 6, 4, 4)
-    gauss = torch.exp(-0.5 * ((torch.arange(4) - 1.5) / (4 * 0.125)) ** 2)
-    gauss = torch.einsum("i,j,k->ijk", gauss, gauss, gauss).clamp_min(1e-3)  # MONAI's weights never vanish
-    for start in (0, 2):
-        window = slice(start, start + 4)
-        total[:, :, window] += gauss * network.predict(z[:, :, window], 999, network.condition(z_mr[:, :, window]))
-        weights[:, :, window] += gauss
-    expected = network.decode(network.schedule.step(total / weights, 999, -1, z))
-    torch.testing.assert_close(ct, expected, atol=1e-5, rtol=0)
-    one_window = inferer(seed=2, roi_size=(24, 16, 16))(mr, network)
-    assert (one_window - expected).abs().max() > 1e-2  # so that the blend is what was compared
-
-
-@pytest.mark.parametrize("sampling", MODES)
-@pytest.mark.parametrize("sw_batch_size", (1, 4))
-def test_windows_without_body_are_not_computed(sampling, sw_batch_size):
-    """Windows of 16 at 0, 8, ..., 80; a body of 20 voxels lies in those at 0, 8 and 16."""
+@pytest.mark.parametrize("sampling, every, held, end", (("windows", 11, 3, 32), ("whole", 3, 1, 32)))
+def test_windows_and_tiles_without_body_are_not_computed(sampling, every, held, end):
     mr, everywhere, masked = volume(96, 16, 16), Mirror(), Mirror()
-    sampler = inferer(sampling=sampling, sw_batch_size=sw_batch_size, num_inference_steps=2)
+    sampler = inferer(num_inference_steps=2, **CUT[sampling])
     sampler(mr, everywhere)
     ct = sampler(mr, masked, slab(mr, 20))
-    assert len(everywhere.windows) == 11 * 2
-    assert len(masked.windows) == 3 * 2
+    assert len(everywhere.windows) == every * 2
+    assert len(masked.windows) == held * 2
     torch.testing.assert_close(ct[:, :, :20], mr[:, :, :20], atol=1e-4, rtol=0)
-    torch.testing.assert_close(ct[:, :, 32:], torch.full_like(mr[:, :, 32:], -1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(ct[:, :, end:], torch.full_like(mr[:, :, end:], -1), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("sampling", MODES)
-def test_a_single_voxel_of_body_is_computed(sampling):
-    mr, network = volume(48, 16, 16), Mirror()
+@pytest.mark.parametrize("sampling, held", (("windows", 2), ("whole", 1)))
+def test_a_single_voxel_of_body_is_computed(sampling, held):
+    mr, network = volume(64, 16, 16), Mirror()
     body = torch.zeros_like(mr)
     body[0, 0, 37, 5, 9] = 1
-    ct = inferer(sampling=sampling)(mr, network, body)
-    assert len(network.windows) == 2  # those at 24 and 32
+    ct = inferer(**CUT[sampling])(mr, network, body)
+    assert len(network.windows) == held  # windows at 24 and 32, the tile at 32
     torch.testing.assert_close(ct[0, 0, 37, 5, 9], mr[0, 0, 37, 5, 9], atol=1e-4, rtol=0)
 
 
 def test_body_far_from_skipped_windows_is_the_same_as_without_skipping():
     network, mr = tiny(), volume(192, 16, 16)
     body = slab(mr, 100)
-    whole, skipped = inferer()(mr, network), inferer()(mr, network, body)
+    cut = inferer(tile_voxels=64 * 256 * DENOISER_BYTES // TILE_BYTES + 1, halo=16)
+    whole, skipped = cut(mr, network), cut(mr, network, body)
     assert (whole - skipped)[:, :, 112:].abs().max() > 0.05
     torch.testing.assert_close(skipped[:, :, :36], whole[:, :, :36], atol=1e-5, rtol=0)  # 100 less a decoder's reach
     assert (whole - skipped)[:, :, :88].abs().max() < 0.05
@@ -273,14 +257,16 @@ def test_volume_without_body_is_air_and_nothing_is_computed(steps, samples):
 def test_tiles_with_a_halo_are_the_whole(halo, most):
     """A halo that holds what the networks see makes tiles equal to the whole, none makes seams."""
     network, mr = tiny(), volume(320, 16, 16)
-    whole = inferer(roi_size=(320, 16, 16), tile_voxels=10**9)(mr, network)
-    tiled = inferer(roi_size=(320, 16, 16), tile_voxels=(96 + 2 * halo) * 256, halo=halo)(mr, network)
+    whole = inferer()(mr, network)
+    predict, sizes = network.predict, []
+    network.predict = lambda z, *args: sizes.append(z.shape[2]) or predict(z, *args)
+    tiled = inferer(tile_voxels=(96 + 2 * halo) * 256 * DENOISER_BYTES // TILE_BYTES, halo=halo)(mr, network)
+    assert len(sizes) > 1 and max(sizes) < 80
     difference = ((tiled - whole).abs() / whole.std()).max()
     assert difference > 0.1 if most is None else difference < most
 
 
-def test_when_memory_runs_out_smaller_tiles_and_batches_give_the_same(caplog, monkeypatch):
-    monkeypatch.setattr("custom_modules.inferer.LEAST_TILE", 2**17)
+def test_when_memory_runs_out_smaller_tiles_give_the_same(caplog):
     network, mr = Mirror(), volume(96, 80, 80)
 
     def limited(work, most):
@@ -292,10 +278,10 @@ def test_when_memory_runs_out_smaller_tiles_and_batches_give_the_same(caplog, mo
         return run
 
     network.encode, network.decode = limited(network.encode, 400_000), limited(network.decode, 400_000)
-    network.predict = limited(network.predict, 80**3)  # one window
-    ct = inferer(roi_size=(80, 80, 80), halo=16, sw_batch_size=3)(mr, network)
+    network.predict = limited(network.predict, 300_000)
+    ct = inferer(halo=16)(mr, network)
     torch.testing.assert_close(ct, mr, atol=1e-4, rtol=0)
-    assert "voxels at once" in caplog.text and "1 windows at once" in caplog.text
+    assert "voxels at once" in caplog.text
 
 
 def test_when_nothing_fits_it_says_so():
@@ -328,8 +314,8 @@ def test_what_depends_on_the_mr_only_is_computed_once(steps, samples):
     network, mr, seen = tiny(), volume(32, 16, 16), []
     condition = network.condition
     network.condition = lambda z_mr: seen.append(len(z_mr)) or condition(z_mr)
-    inferer(num_inference_steps=steps, num_samples=samples, sw_batch_size=2)(mr, network)
-    assert sum(seen) == 3  # windows
+    inferer(num_inference_steps=steps, num_samples=samples)(mr, network)
+    assert seen == [1]
 
 
 def test_mixed_precision_is_close_to_single_precision():

@@ -1,12 +1,11 @@
-"""Tiles share no voxel and leave none out; the cheapest that fits is taken. Windows share out every voxel."""
+"""Tiles share no voxel and leave none out; the cheapest that fits is taken."""
 
 import itertools
 
 import numpy as np
 import pytest
-import torch
 
-from custom_modules.tiling import Windows, tile_size, tiles, times
+from custom_modules.tiling import tile_size, tiles, times
 
 SIZES = ((24, 16, 40), (16, 16, 16), (5, 40, 9), (4, 4, 4))
 
@@ -42,15 +41,3 @@ def test_no_other_tile_that_fits_computes_less(size, halo, voxels):
 
 def test_a_box_on_a_finer_grid():
     assert times((slice(1, 3), slice(0, 2)), 4) == (slice(4, 12), slice(0, 8))
-
-
-def test_windows_with_body_and_the_rest_share_out_every_voxel():
-    body = torch.zeros(24, 8, 16, dtype=torch.bool)
-    body[3:9, 2:4, 5] = True
-    windows = Windows(body, (8, 8, 8), 0.5)
-    assert all(body[box].any() for box in windows.boxes)
-    total = windows.rest.clone()
-    for box, share in zip(windows.boxes, windows.shares):
-        total[box] += share
-    torch.testing.assert_close(total, torch.ones_like(total))
-    assert (windows.rest[~windows.needed] == 1).all() and windows.needed[body].all() and not windows.needed.all()
