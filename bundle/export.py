@@ -68,35 +68,26 @@ PARTS = {"encoder": Encoder, "denoiser": Denoiser, "decoder": Decoder}
 OUTPUTS = {"encoder": "latent", "denoiser": "prediction", "decoder": "ct"}
 
 
-def example(
-    part: str, network: Synthesizer, roi_size: Sequence[int]
-) -> tuple[tuple[Tensor, ...], dict[str, dict[int, Any]]]:
-    """Random inputs of ``part`` and which of their axes may change.
-
-    Batch and image sizes are free, the latter in multiples of ``network.downsampling``, from two of them on. The
-    denoiser's window is not: DSCA chooses from its size how far keys are pooled
-    (:func:`~custom_modules.dsca.pool_to_tokens`), and sampling has one window.
-    """
+def example(part: str, network: Synthesizer) -> tuple[tuple[Tensor, ...], dict[str, dict[int, Any]]]:
+    """Random inputs of ``part`` and which of their axes may change: batch and size, the latter in multiples of what the
+    part divides by, from two of them on. For the denoiser these are the windows of its attention, since a graph knows
+    nothing of windows that the end of a volume cuts."""
     f, unit, c = network.autoencoder.downsampling, network.downsampling, network.autoencoder.latent_channels
-    batch, latent = Dim("batch", min=1), [size // f for size in roi_size]
-    # from 2 on, for one voxel at the coarsest scale is a case apart
-    axes = [Dim(axis, min=2) for axis in ("depth", "height", "width")]
-    if part == "encoder":
-        return (torch.randn(2, 1, *[2 * unit] * 3),), {"image": {0: batch, **_free(axes, unit)}}
-    if part == "decoder":
-        unit //= f
-        return (torch.randn(2, c, *[2 * unit] * 3),), {"latent": {0: batch, **_free(axes, unit)}}
-    return (torch.randn(2, 2 * c, *latent), torch.tensor([0, 999])), {"x": {0: batch}, "timesteps": {0: batch}}
-
-
-def _free(axes: Sequence[Dim], unit: int) -> dict[int, Any]:
-    return {n: unit * axis for n, axis in enumerate(axes, start=2)}
+    unit = {"encoder": unit, "decoder": unit // f, "denoiser": network.denoiser.window}[part]
+    channels = {"encoder": 1, "decoder": c, "denoiser": 2 * c}[part]
+    batch = Dim("batch", min=1)
+    # from 2 on, for a single one is a case apart
+    axes = {n: unit * Dim(axis, min=2) for n, axis in enumerate(("depth", "height", "width"), start=2)}
+    x = torch.randn(2, channels, *[2 * unit] * 3)
+    if part == "denoiser":
+        return (x, torch.tensor([0, 999])), {"x": {0: batch, **axes}, "timesteps": {0: batch}}
+    return (x,), {"image" if part == "encoder" else "latent": {0: batch, **axes}}
 
 
 @torch.no_grad()
-def export_part(part: str, network: Synthesizer, roi_size: Sequence[int]) -> ExportedProgram:
+def export_part(part: str, network: Synthesizer) -> ExportedProgram:
     """``torch.export`` of a part in single precision."""
-    inputs, dynamic = example(part, network, roi_size)
+    inputs, dynamic = example(part, network)
     with fx_config.patch(backed_size_oblivious=True):  # else programs refuse a batch of 1 that the example did not have
         return torch.export.export(PARTS[part](network).eval(), inputs, dynamic_shapes=dynamic)
 
@@ -110,7 +101,7 @@ def export(output: str, mr: str | None = None, config: str | Sequence[str] = (),
         output: folder; holds all of them or none.
         mr: the MR; a phantom when None.
         config: overlay on configs/inference.yaml for another network.
-        settings: of configs/inference.yaml, such as --checkpoint, or --roi_size for another window of the denoiser.
+        settings: of configs/inference.yaml, such as --checkpoint.
 
     Raises:
         InputError: when ONNX is not installed, or an export differs from PyTorch by more than 0.001.
@@ -120,21 +111,21 @@ def export(output: str, mr: str | None = None, config: str | Sequence[str] = (),
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError(f"{error.name} is not installed; pip install -r requirements.txt") from error
-    logging.getLogger("onnx_ir").setLevel(logging.WARNING)
+    for name in ("onnx_ir", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     parser = inference_workflow(config, device="cpu", **settings).parser
     if not isinstance(parser.get_parsed_content("network_def"), Synthesizer):
         raise InputError(f"{config}: only 3D-WLDM has an encoder, a denoiser and a decoder")
     network = parser.get_parsed_content("network").float().eval().requires_grad_(False)
-    checkpoint, unit = Path(parser.get_parsed_content("checkpoint")), network.downsampling
-    roi_size = [-(-size // unit) * unit for size in parser.get_parsed_content("roi_size")]  # as the inferer rounds it
+    checkpoint = Path(parser.get_parsed_content("checkpoint"))
     folder = Path(writable_or_stop(output))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export") as scratch:
         record = {"model_sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), **describe(network)}
         image = parser.get_parsed_content("preprocessing")({"image": str(mr or phantom_mr(Path(scratch)))})["image"]
-        window = middle_window(image, network, roi_size)
+        window = middle_window(image, network)
         for part in PARTS:
             print(f"{part}: exporting", flush=True)
-            program = export_part(part, network, roi_size)
+            program = export_part(part, network)
             path = Path(scratch, f"{part}.onnx")
             torch.export.save(program, path.with_suffix(".pt2"))
             names = {"output_names": [OUTPUTS[part]]}
@@ -158,28 +149,31 @@ def phantom_mr(folder: Path) -> str:
     return str(folder / "mr.nii.gz")
 
 
-def middle_window(image: Tensor, network: Synthesizer, roi_size: Sequence[int]) -> Tensor:
-    """The window in the middle of an MR (1, D, H, W), (1, 1, *roi_size)."""
-    padded, _ = pad_to_windows(convert_to_tensor(image, track_meta=False)[None], roi_size, network.downsampling)
-    starts = [(size - roi) // 2 for size, roi in zip(padded.shape[2:], roi_size)]
-    return padded[(..., *(slice(start, start + roi) for start, roi in zip(starts, roi_size)))].contiguous()
+def middle_window(image: Tensor, network: Synthesizer) -> Tensor:
+    """What is in the middle of an MR (1, D, H, W): (1, 1, d, h, w), of two windows of the denoiser's attention a side."""
+    size = 2 * network.denoiser.window * network.autoencoder.downsampling
+    padded, _ = pad_to_windows(convert_to_tensor(image, track_meta=False)[None], [size] * 3, network.downsampling)
+    starts = [(length - size) // 2 for length in padded.shape[2:]]
+    return padded[(..., *(slice(start, start + size) for start in starts))].contiguous()
 
 
 @torch.no_grad()
 def inputs_from(window: Tensor, part: str, network: Synthesizer) -> list[tuple[Tensor, ...]]:
-    """What the road gives a part for an MR window: one of it, and two, of twice the depth where the size is free."""
+    """What the road gives a part for an MR window: one of it, and two of twice the depth."""
     last = network.schedule.num_train_timesteps - 1
     z_mr = network.encode(window, "MR")
     noise = torch.randn(z_mr.shape, generator=torch.Generator().manual_seed(0))
+    x = window
     if part == "denoiser":
         x = torch.cat([noise, z_mr], dim=1)
-        return [(x, torch.tensor([last])), (torch.cat([x, x.flip(2)]), torch.tensor([last, last // 2]))]
-    x = window
     if part == "decoder":
         condition = network.condition(z_mr)
         x = network.schedule.sample(lambda z, t: network.predict(z, t, condition), noise, 1)
     long = torch.cat([x, x.flip(2)], dim=2)
-    return [(x,), (torch.cat([long, long.flip(3)]),)]
+    batches: list[tuple[Tensor, ...]] = [(x,), (torch.cat([long, long.flip(3)]),)]
+    if part == "denoiser":
+        batches = [(*batch, torch.tensor(t)) for batch, t in zip(batches, ([last], [last, last // 2]))]
+    return batches
 
 
 def describe(network: Synthesizer) -> dict[str, Any]:

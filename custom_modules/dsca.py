@@ -15,20 +15,21 @@ from custom_modules.blocks import ChannelRMSNorm
 def split_windows(x: Tensor, window: int) -> Tensor:
     """Cut (N, C, D, H, W) into windows that share no voxel, (N * windows, C, *sides): ``window`` voxels a side, fewer where
     ``x`` has fewer. What the last ones lack, the edge repeats."""
-    sides, counts = _grid(x.shape[2:], window)
-    missing = [side * count - size for side, count, size in zip(sides, counts, x.shape[2:])]
+    n, channels, *size = x.shape  # len(x) would fix the batch of an exported program
+    (a, b, c), (i, j, k) = _grid(size, window)
+    missing = [side * count - length for side, count, length in zip((a, b, c), (i, j, k), size)]
     if any(missing):
         x = F.pad(x, (0, missing[2], 0, missing[1], 0, missing[0]), mode="replicate")
-    (a, b, c), (i, j, k) = sides, counts
-    cut = x.permute(0, 2, 3, 4, 1).reshape(len(x), i, a, j, b, k, c, -1)
-    return cut.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, a, b, c, x.shape[1]).permute(0, 4, 1, 2, 3)
+    cut = x.permute(0, 2, 3, 4, 1).reshape(n, i, a, j, b, k, c, channels)
+    return cut.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(n * i * j * k, a, b, c, channels).permute(0, 4, 1, 2, 3)
 
 
-def join_windows(windows: Tensor, size: Sequence[int], window: int) -> Tensor:
-    """(N, C, *size) from what :func:`split_windows` made of it."""
+def join_windows(windows: Tensor, shape: Sequence[int], window: int) -> Tensor:
+    """What :func:`split_windows` cut into ``windows``, of ``shape`` (N, C, D, H, W)."""
+    n, channels, *size = shape
     (a, b, c), (i, j, k) = _grid(size, window)
-    cut = windows.permute(0, 2, 3, 4, 1).reshape(-1, i, j, k, a, b, c, windows.shape[1])
-    whole = cut.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(-1, i * a, j * b, k * c, windows.shape[1])
+    cut = windows.permute(0, 2, 3, 4, 1).reshape(n, i, j, k, a, b, c, channels)
+    whole = cut.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(n, i * a, j * b, k * c, channels)
     return whole.permute(0, 4, 1, 2, 3)[..., : size[0], : size[1], : size[2]]
 
 
@@ -64,7 +65,7 @@ class _CrossAttention(nn.Module):
         windows = split_windows(query, self.window)
         q, k, v = (x[:, None] for x in (_tokens(windows), key, value))
         attended = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)
-        return query, join_windows(attended.unflatten(2, windows.shape[2:]), query.shape[2:], self.window)
+        return query, join_windows(attended.unflatten(2, windows.shape[2:]), query.shape, self.window)
 
 
 def _tokens(x: Tensor) -> Tensor:

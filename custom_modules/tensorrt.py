@@ -20,7 +20,7 @@ EXPORT_ARGS = {"dynamic_shapes": {"x": {0: "batch"}, "timesteps": {0: "batch"}, 
 def trt_compile_or_stop(
     network: Synthesizer, path: str | Path, sw_batch_size: int, precision: str = "fp16"
 ) -> Synthesizer:
-    """MONAI's ``trt_compile`` for the denoiser, whose windows all have one size; ends the program with one line where
+    """MONAI's ``trt_compile`` for the denoiser, on windows of one size; ends the program with one line where
     MONAI would warn and go on in PyTorch.
 
     Args:

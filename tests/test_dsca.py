@@ -148,7 +148,7 @@ def test_windows_are_blocks_of_the_volume_and_make_it_again(size):
         for k in range(0, padded.shape[4], sides[2])
     ]
     np.testing.assert_array_equal(windows.numpy(), np.stack(blocks))
-    assert torch.equal(join_windows(windows, size, WINDOW), x)
+    assert torch.equal(join_windows(windows, x.shape, WINDOW), x)
 
 
 def test_a_window_attends_to_its_own_keys_alone():
