@@ -1,6 +1,6 @@
 """Time and memory of the road from a normalised MR to the synthetic CT, by volume and by setting, on CPU or GPU.
 
-    python benchmarks/road.py volumes [--device cuda] [--amp False] [--compile True]
+    python benchmarks/road.py volumes [--device cuda] [--amp True] [--compile True]
     python benchmarks/road.py settings [--device cuda]
 
 Needs nothing but the repository, PyTorch and MONAI, fire and tqdm. The volumes are simple bodies, elliptic
@@ -91,11 +91,23 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * 4096**3 / medians({"product": lambda: a @ b}, 3, device)["product"]
 
 
-def operations(network: Synthesizer, work: Callable[[], Any]) -> int:
-    """Floating-point operations of convolutions and matrix products, as PyTorch counts them."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
+def operations_per_voxel(network: Synthesizer) -> dict[str, float]:
+    """Floating-point operations of convolutions and matrix products for each voxel of the image that passes a stage, as
+    PyTorch counts them."""
+    size, f = network.denoiser.window * network.autoencoder.downsampling, network.autoencoder.downsampling
+    image = torch.zeros(1, 1, size, size, size, device=network.device)
+    z = torch.zeros(1, network.autoencoder.latent_channels, *[size // f] * 3, device=network.device)
+    work: dict[str, Callable[[], Any]] = {
+        "encode": lambda: network.encode(image, "MR"),
+        "denoise": lambda: network.predict(z, 500, network.condition(z)),
+        "decode": lambda: network.decode(z),
+    }
+    found = {}
+    for stage, run in work.items():
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            run()
+        found[stage] = counter.get_total_flops() / image.numel()
+    return found
 
 
 class Stages:
@@ -115,39 +127,30 @@ class Stages:
         return run
 
 
-def volumes(device: str = "cpu", amp: bool = True, compile: bool = False, repeats: int = 3) -> None:
+def volumes(device: str = "cpu", amp: bool = False, compile: bool = False, repeats: int = 3) -> None:
     """A row a volume: seconds of each stage, of all, memory, and the share of the machine's peak that is reached."""
     set_determinism(0)
     where = torch.device(device)
     network, rows = load(where, compile), []
-    tile, z = torch.zeros(1, 1, 64, 64, 64, device=where), torch.zeros(1, 16, 16, 16, 16, device=where)
-    plain = load(where)
-    with torch.inference_mode():
-        condition = plain.condition(z)
-        flops = {
-            "encode": operations(plain, lambda: plain.encode(tile, "MR")) / tile.numel(),
-            "denoise": operations(plain, lambda: plain.predict(z, 500, condition)),
-            "decode": operations(plain, lambda: plain.decode(z)) / tile.numel(),
-        }
+    flops = operations_per_voxel(load(where))
     peaks = {"encode": peak_flops(where, torch.float32), "decode": peak_flops(where, torch.float32)}
     peaks["denoise"] = peak_flops(where, torch.bfloat16 if amp else torch.float32)
     for name, (shape, share) in VOLUMES.items():
         mr, body = volume(shape, share)
         inferer = LatentSamplingInferer(amp=amp, progress=False)
-        stages, found, windows = Stages(inferer, where), [], []
+        stages, found = Stages(inferer, where), []
         with Peak(where) as peak:
             for _ in range(repeats + 1):
                 total = seconds(lambda: inferer(mr, network, body), where)
                 found.append({**stages.seconds, "all": total})
         median = {stage: float(np.median([f[stage] for f in found[1:]])) for stage in found[0]}
-        windows = count_windows(inferer, network, mr, body)
-        done = {"encode": flops["encode"] * mr.numel(), "decode": flops["decode"] * mr.numel()}
-        done["denoise"] = flops["denoise"] * windows
+        computed = voxels_computed(inferer, network, mr, body)
+        done = {stage: flops[stage] * computed[stage] for stage in flops}
         row: dict[str, Any] = {"volume": name, "voxels": "x".join(map(str, shape)), "body, Mvoxel": float(body.sum()) / 1e6}
-        row["windows"] = windows
-        row.update({f"{stage}, s": median[stage] for stage in ("encode", "denoise", "decode", "all")})
+        row["computed"] = ", ".join(f"{computed[s] / 1e6:.3g}" for s in flops)
+        row.update({f"{stage}, s": median[stage] for stage in (*flops, "all")})
         row["memory, GiB"] = peak.gib
-        row["of peak, %"] = ", ".join(f"{100 * done[s] / median[s] / peaks[s]:.0f}" for s in ("encode", "denoise", "decode"))
+        row["of peak, %"] = ", ".join(f"{100 * done[s] / median[s] / peaks[s]:.0f}" for s in flops)
         row["TFLOP"] = sum(done.values()) / 1e12
         rows.append(row)
         print(row, flush=True)
@@ -157,16 +160,31 @@ def volumes(device: str = "cpu", amp: bool = True, compile: bool = False, repeat
     publish(name, rows, list(rows[0]), where)
 
 
-def count_windows(inferer: LatentSamplingInferer, network: Synthesizer, mr: torch.Tensor, body: torch.Tensor) -> int:
-    """Windows that hold body."""
-    seen: list[int] = []
-    predict = network.predict
-    network.predict = lambda z, *args: seen.append(len(z)) or torch.zeros_like(z)  # type: ignore[method-assign]
+def voxels_computed(
+    inferer: LatentSamplingInferer, network: Synthesizer, mr: torch.Tensor, body: torch.Tensor
+) -> dict[str, int]:
+    """Voxels of the image that pass each stage, halos and all."""
+    cube, seen = network.autoencoder.downsampling ** 3, dict.fromkeys(("encode", "denoise", "decode"), 0)
+    channels, parts = network.autoencoder.latent_channels, (network.encode, network.predict, network.decode)
+
+    def encode(image: torch.Tensor, modality: str) -> torch.Tensor:
+        seen["encode"] += image.numel()
+        return image.new_zeros(1, channels, *(size // network.autoencoder.downsampling for size in image.shape[2:]))
+
+    def predict(z: torch.Tensor, *_: Any) -> torch.Tensor:
+        seen["denoise"] += z[:, 0].numel() * cube
+        return torch.zeros_like(z)
+
+    def decode(z: torch.Tensor) -> torch.Tensor:
+        seen["decode"] += z[:, 0].numel() * cube
+        return z.new_zeros(1, 1, *(size * network.autoencoder.downsampling for size in z.shape[2:]))
+
+    network.encode, network.predict, network.decode = encode, predict, decode  # type: ignore[method-assign]
     try:
         inferer(mr, network, body)
     finally:
-        network.predict = predict  # type: ignore[method-assign]
-    return sum(seen)
+        network.encode, network.predict, network.decode = parts  # type: ignore[method-assign]
+    return seen
 
 
 def settings(device: str = "cpu", repeats: int = 3) -> None:
@@ -183,9 +201,7 @@ def settings(device: str = "cpu", repeats: int = 3) -> None:
         "4 samples in one pass": ({"num_samples": 4}, body),
         "windows, each on its own": ({"sampling": "windows"}, body),
         "nothing skipped": ({}, everywhere),
-        "single precision": ({"amp": False}, body),
-        "overlap 0.5": ({"overlap": 0.5}, body),
-        "windows of 96": ({"roi_size": (96, 96, 96)}, body),
+        "bfloat16": ({"amp": True}, body),
         "tiles of 2 Mvoxel": ({"tile_voxels": 2_000_000}, body),
     }
     inferers = {name: LatentSamplingInferer(progress=False, **kwargs) for name, (kwargs, _) in cases.items()}

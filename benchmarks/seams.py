@@ -2,8 +2,8 @@
 
     python benchmarks/seams.py --dataset_dir DIR [--split validation] [--overlap 0.5] [--num_inference_steps 4]
 
-1 means that a border cannot be told from the inside. Measured on the grid of the networks, in the body, for both ways
-of sampling; the CT at the same places is the reference.
+1 means that a border cannot be told from the inside. Measured on the grid of the networks, in the body: at the borders of
+the denoiser's attention windows, and at those of windows sampled on their own; the CT at the same places is the reference.
 """
 
 from __future__ import annotations
@@ -21,21 +21,29 @@ from monai.inferers.utils import _get_scan_interval
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bundle.workflow import inference_workflow  # noqa: E402
-from custom_modules.inferer import pad_to_windows  # noqa: E402
+from custom_modules.inferer import LatentSamplingInferer  # noqa: E402
+from custom_modules.synthesizer import Synthesizer  # noqa: E402
+from custom_modules.tiling import pad_to_windows  # noqa: E402
 from custom_modules.transforms import Preprocess  # noqa: E402
 
 
-def border_planes(shape: tuple[int, ...], roi_size: list[int], overlap: float, unit: int, margin: int) -> list[np.ndarray]:
-    """For each axis, the positions p at which a window starts or ends between voxels p - 1 and p of the volume."""
-    probe = torch.zeros(1, 1, *shape)
-    padded, inside = pad_to_windows(probe, roi_size, unit, margin)
+def border_planes(shape: tuple[int, ...], sampling: str, inferer: LatentSamplingInferer, network: Synthesizer) -> list[np.ndarray]:
+    """For each axis, the positions p at which a window starts or ends between voxels p - 1 and p of the volume: a window
+    of the denoiser's attention, or a sampling window."""
+    unit = network.downsampling
+    least = inferer.roi_size if sampling == "windows" else [unit] * 3
+    padded, inside = pad_to_windows(torch.zeros(1, 1, *shape), least, unit, inferer.margin)
     size = padded.shape[2:]
-    interval = _get_scan_interval(size, roi_size, 3, (overlap,) * 3)
-    windows = dense_patch_slices(size, roi_size, interval)
     planes = []
     for axis in range(3):
-        edges = {edge - inside[1 + axis].start for w in windows for edge in (w[axis].start, w[axis].stop)}
-        planes.append(np.array(sorted(e for e in edges if 0 < e < shape[axis]), dtype=int))
+        if sampling == "windows":
+            interval = _get_scan_interval(size, inferer.roi_size, 3, (inferer.overlap,) * 3)
+            windows = dense_patch_slices(size, inferer.roi_size, interval)
+            edges = {edge for window in windows for edge in (window[axis].start, window[axis].stop)}
+        else:
+            edges = set(range(0, size[axis], network.denoiser.window * network.autoencoder.downsampling))
+        first = inside[1 + axis].start
+        planes.append(np.array(sorted(e - first for e in edges if 0 < e - first < shape[axis]), dtype=int))
     return planes
 
 
@@ -63,21 +71,21 @@ def main(dataset_dir: str, split: str = "validation", **settings: Any) -> None:
     read = Preprocess(parser.get_parsed_content("spacing"), label=True)
     inferer = parser.get_parsed_content("inferer")
     inferer.progress = False
-    ratios: dict[str, list[float]] = {"CT": [], "whole": [], "windows": []}
+    ratios: dict[str, list[float]] = {"whole": [], "CT there": [], "windows": [], "CT at theirs": []}
     for pair in pairs:
         data = read({key: pair[key] for key in ("image", "label")})
         mr = ((data["image"].as_tensor() - low) / (high - low) * 2 - 1).clamp(-1, 1)[None]
         body = data["body"].as_tensor()[None]
-        planes = border_planes(mr.shape[2:], list(inferer.roi_size), inferer.overlap, network.downsampling, inferer.margin)
-        inside = body[0, 0].numpy() > 0.5
-        ratios["CT"].append(jump_ratio(data["label"][0].numpy(), inside, planes, network.downsampling))
-        for sampling in ("whole", "windows"):
+        inside, unit = body[0, 0].numpy() > 0.5, network.downsampling
+        for sampling, reference in (("whole", "CT there"), ("windows", "CT at theirs")):
+            planes = border_planes(mr.shape[2:], sampling, inferer, network)
             inferer.sampling = sampling
             hu = network.to_hu(inferer(mr, network, body=body))[0, 0].numpy()
-            ratios[sampling].append(jump_ratio(hu, inside, planes, network.downsampling))
+            ratios[sampling].append(jump_ratio(hu, inside, planes, unit))
+            ratios[reference].append(jump_ratio(data["label"][0].numpy(), inside, planes, unit))
     print(f"overlap {inferer.overlap:g}, {inferer.num_inference_steps} steps, {len(pairs)} volumes")
     for name, values in ratios.items():
-        print(f"{name:<10}" + "".join(f"{v:8.3f}" for v in values) + f"   mean {np.mean(values):.3f}")
+        print(f"{name:<14}" + "".join(f"{v:8.3f}" for v in values) + f"   mean {np.mean(values):.3f}")
 
 
 if __name__ == "__main__":

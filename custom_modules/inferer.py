@@ -18,7 +18,7 @@ from custom_modules.tiling import Box, pad_to_windows, tile_size, tiles, times, 
 
 # Of memory for each voxel of the image at the peak of encoding or decoding, and of denoising; generous, see
 # docs/performance.md
-TILE_BYTES, DENOISER_BYTES = 230, 75
+TILE_BYTES, DENOISER_BYTES = 230, 60
 LEAST_TILE = 2**21  # voxels; in smaller ones there is little beside the halo
 WAVELET_GRID = 4  # latent voxels: the coarsest grid of the two-level transforms, on which tiles have to lie
 
