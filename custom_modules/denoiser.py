@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,12 +25,10 @@ class LatentDenoiser(nn.Module):
         num_blocks: residual blocks a scale, on the way down and on the way up.
         dsca: False for plain concatenation in the skips (Table II without DSCA).
         attention_channels: see :class:`~custom_modules.dsca.DualSkipConnectionAttention`.
-        window: latent voxels along each side of the windows within which DSCA attends. They lie on a fixed grid, so that
-            a latent of any size has one answer, and tiles with a halo on that grid give it too.
+        window: latent voxels along each side of the windows within which DSCA attends, those of a training crop; rounded up
+            to what the scales and the pooling divide. They lie on a fixed grid, so that a latent of any size has one answer,
+            and tiles with a halo on that grid give it too.
         pooling: of Z_MR before the keys; 1 for full resolution.
-
-    Raises:
-        ValueError: for a window that the scales or the pooling do not divide.
     """
 
     def __init__(
@@ -44,10 +43,9 @@ class LatentDenoiser(nn.Module):
     ) -> None:
         super().__init__()
         self.latent_channels, self.time_channels = latent_channels, channels[0]
-        self.window, self.pooling = window, pooling
         self.downsampling = 2 ** (len(channels) - 1)
-        if window % self.downsampling or window % pooling:
-            raise ValueError(f"window must be a multiple of {self.downsampling} and of pooling {pooling}, got {window}")
+        unit = math.lcm(self.downsampling, pooling)
+        self.window, self.pooling = -(-window // unit) * unit, pooling
         embedding = 4 * channels[0]
         self.time_embedding = nn.Sequential(
             nn.Linear(self.time_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
@@ -64,7 +62,7 @@ class LatentDenoiser(nn.Module):
                 nn.Identity() if level == 0 else nn.ConvTranspose3d(width, channels[level - 1], 2, stride=2)
             )
             if dsca:
-                self.skip.append(DualSkipConnectionAttention(width, latent_channels, attention_channels, window >> level))
+                self.skip.append(DualSkipConnectionAttention(width, latent_channels, attention_channels, self.window >> level))
         self.middle = ResidualBlock(channels[-1], channels[-1], embedding)
         self.out = nn.Sequential(
             ChannelRMSNorm(channels[0]), nn.SiLU(), nn.Conv3d(channels[0], latent_channels, 3, padding=1)

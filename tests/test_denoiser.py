@@ -138,10 +138,9 @@ def test_keys_are_those_of_the_pooled_latent():
         torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("settings", ({"window": 6}, {"window": 8, "pooling": 3}))
-def test_window_that_does_not_divide_is_refused(settings):
-    with pytest.raises(ValueError, match="window must be a multiple"):
-        tiny(**settings)
+@pytest.mark.parametrize("window, pooling, expected", ((16, 2, 16), (6, 2, 8), (8, 3, 12), (1, 8, 8)))
+def test_window_is_rounded_up_to_what_the_scales_and_the_pooling_divide(window, pooling, expected):
+    assert tiny(window=window, pooling=pooling).window == expected
 
 
 @torch.no_grad()
