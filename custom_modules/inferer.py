@@ -194,6 +194,8 @@ class LatentSamplingInferer(Inferer):
             def in_tiles(voxels: int) -> Tensor:
                 output = network.schedule.output_for(air, z, t)
                 parts = self._tiles(body, network, voxels, window)
+                for key in conditions.keys() - {str(wide) for wide, _, _ in parts}:
+                    del conditions[key]  # of the tiles that were too large
                 with self._bar(len(parts) * len(z), f"denoising, t = {t}", "tile") as bar:
                     for wide, box, inner in parts:
                         known = condition(wide)
