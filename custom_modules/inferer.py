@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -179,7 +180,7 @@ class LatentSamplingInferer(Inferer):
         """CT latents (K, c, d, h, w), one of each generator's noise."""
         z = torch.cat([torch.randn(z_mr.shape, generator=generator) for generator in generators]).to(z_mr)
         conditions: dict[str, Sequence[Tensor]] = {}  # what depends on the MR only, kept for the steps to come
-        air, window = network.air_latent(), network.denoiser.window
+        air, window = functools.cache(network.air_latent), network.denoiser.window  # encoding air takes a while
 
         def condition(wide: Box) -> Sequence[Tensor]:
             key = str(wide)
@@ -192,8 +193,9 @@ class LatentSamplingInferer(Inferer):
 
         def predict(z: Tensor, t: int) -> Tensor:
             def in_tiles(voxels: int) -> Tensor:
-                output = network.schedule.output_for(air, z, t)
                 parts = self._tiles(body, network, voxels, window)
+                everywhere = sum(body[box].numel() for _, box, _ in parts) == body.numel()
+                output = torch.empty_like(z) if everywhere else network.schedule.output_for(air(), z, t)
                 for key in conditions.keys() - {str(wide) for wide, _, _ in parts}:
                     del conditions[key]  # of the tiles that were too large
                 with self._bar(len(parts) * len(z), f"denoising, t = {t}", "tile") as bar:
