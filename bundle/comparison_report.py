@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from scipy.stats import kendalltau, wilcoxon
+from skimage.transform import downscale_local_mean
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -220,5 +221,5 @@ def write_figure(records: Mapping[str, Record], results: Path) -> Path | None:
     height = max(image.shape[0] for image in columns)
     padded = [np.pad(image, ((height - len(image), 0), (0, 0), (0, 0)), constant_values=1) for image in columns]
     path = results / "figure.png"
-    plt.imsave(path, np.concatenate(padded, axis=1)[::2, ::2])
+    plt.imsave(path, downscale_local_mean(np.concatenate(padded, axis=1), (2, 2, 1)))
     return path
