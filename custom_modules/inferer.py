@@ -33,7 +33,7 @@ class LatentSamplingInferer(Inferer):
     baseline that the first replaces, and for engines that have one size of input.
 
     Windows and tiles that hold no body are not computed: they are air. Volumes stay in main memory, only tiles and
-    latents go to the network's device. When memory runs out, tiles or batches are halved and the log says so.
+    latents go to the network's device. When memory runs out, tiles are halved and the log says so.
 
     Args:
         margin: image voxels that a volume is continued by on each side, replicating its edge, so that a field of view
@@ -110,7 +110,7 @@ class LatentSamplingInferer(Inferer):
             standard deviation on the same scale. Where the inputs are.
 
         Raises:
-            InputError: when memory runs out even with the smallest tiles and batches.
+            InputError: when memory runs out even with the smallest tiles.
         """
         network.eval()
         mr = convert_to_tensor(inputs, track_meta=False)
@@ -198,7 +198,7 @@ class LatentSamplingInferer(Inferer):
                 output = torch.empty_like(z) if everywhere else network.schedule.output_for(air(), z, t)
                 for key in conditions.keys() - {str(wide) for wide, _, _ in parts}:
                     del conditions[key]  # of the tiles that were too large
-                with self._bar(len(parts) * len(z), f"denoising, t = {t}", "tile") as bar:
+                with self._autocast(z.device), self._bar(len(parts) * len(z), f"denoising, t = {t}", "tile") as bar:
                     for wide, box, inner in parts:
                         known = condition(wide)
                         for k in range(len(z)):
@@ -209,8 +209,7 @@ class LatentSamplingInferer(Inferer):
 
             return shrinking(in_tiles, self._tile_voxels(z.device, DENOISER_BYTES), LEAST_TILE, "voxels")
 
-        with self._autocast(z.device):
-            return network.schedule.sample(predict, z, self.num_inference_steps)
+        return network.schedule.sample(predict, z, self.num_inference_steps)
 
     def _decode(self, z: Tensor, network: Synthesizer, body: Tensor) -> Tensor:
         """The samples ``z`` (K, c, d, h, w) decoded tile by tile and summed up in main memory, air in tiles without

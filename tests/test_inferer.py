@@ -316,6 +316,8 @@ def test_what_depends_on_the_mr_only_is_computed_once(steps, samples):
     network.condition = lambda z_mr: seen.append(len(z_mr)) or condition(z_mr)
     inferer(num_inference_steps=steps, num_samples=samples)(mr, network)
     assert seen == [1]
+    inferer(num_inference_steps=steps, num_samples=samples, **CUT["whole"])(volume(96, 16, 16), network)
+    assert seen == [1] + [1] * 3  # tiles
 
 
 def test_mixed_precision_is_close_to_single_precision():
@@ -323,6 +325,16 @@ def test_mixed_precision_is_close_to_single_precision():
     single, mixed = inferer(amp=False)(mr, network), inferer(amp=True)(mr, network)
     assert mixed.dtype == torch.float32
     assert 0 < (single - mixed).abs().mean() < 0.05 * single.std()
+
+
+@pytest.mark.parametrize("sampling", MODES)
+def test_the_autoencoder_is_in_single_precision_all_the_same(sampling):
+    network, mr, mixed = tiny(), volume(96, 16, 16), {"encode": [], "decode": [], "predict": []}
+    for name, calls in mixed.items():
+        work = getattr(network, name)
+        setattr(network, name, lambda *args, work=work, calls=calls: calls.append(torch.is_autocast_enabled("cpu")) or work(*args))
+    inferer(amp=True, **CUT[sampling])(mr, network, slab(mr, 20))
+    assert not any(mixed["encode"] + mixed["decode"]) and all(mixed["predict"])
 
 
 def test_meta_tensors_and_masks_of_integers_are_taken():
