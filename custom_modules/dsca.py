@@ -15,7 +15,9 @@ from custom_modules.blocks import ChannelRMSNorm
 def split_windows(x: Tensor, window: int) -> Tensor:
     """Cut (N, C, D, H, W) into windows that share no voxel, (N * windows, C, *sides): ``window`` voxels a side, fewer where
     ``x`` has fewer. What the last ones lack, the edge repeats."""
-    n, channels, *size = x.shape  # len(x) would fix the batch of an exported program
+    # MONAI's window_partition and window_reverse (SwinUNETR) cut alike, but programs exported with them, as with len(x),
+    # refuse a batch of one
+    n, channels, *size = x.shape
     (a, b, c), (i, j, k) = _grid(size, window)
     missing = [side * count - length for side, count, length in zip((a, b, c), (i, j, k), size)]
     if any(missing):
