@@ -178,38 +178,32 @@ class LatentSamplingInferer(Inferer):
 
     def _sample(self, z_mr: Tensor, network: Synthesizer, body: Tensor, generators: list[torch.Generator]) -> Tensor:
         """CT latents (K, c, d, h, w), one of each generator's noise."""
-        z = torch.cat([torch.randn(z_mr.shape, generator=generator) for generator in generators]).to(z_mr)
-        conditions: dict[str, Sequence[Tensor]] = {}  # what depends on the MR only, kept for the steps to come
-        air, window = functools.cache(network.air_latent), network.denoiser.window  # encoding air takes a while
+        noise = torch.cat([torch.randn(z_mr.shape, generator=generator) for generator in generators]).to(z_mr)
+        steps, air = self.num_inference_steps, functools.cache(network.air_latent)  # encoding air takes a while
 
-        def condition(wide: Box) -> Sequence[Tensor]:
-            key = str(wide)
-            if key not in conditions:
-                found = network.condition(z_mr[(..., *wide)])
-                if self.num_inference_steps == 1:
-                    return found
-                conditions[key] = found
-            return conditions[key]
+        def sample(voxels: int) -> Tensor:
+            parts = self._tiles(body, network, voxels, network.denoiser.window)
+            everywhere = sum(body[box].numel() for _, box, _ in parts) == body.numel()
 
-        def predict(z: Tensor, t: int) -> Tensor:
-            def in_tiles(voxels: int) -> Tensor:
-                parts = self._tiles(body, network, voxels, window)
-                everywhere = sum(body[box].numel() for _, box, _ in parts) == body.numel()
+            @functools.lru_cache(maxsize=None if steps > 1 else 0)
+            def condition(tile: int) -> Sequence[Tensor]:  # depends on the MR only: the same for all steps
+                return network.condition(z_mr[(..., *parts[tile][0])])
+
+            def predict(z: Tensor, t: int) -> Tensor:
                 output = torch.empty_like(z) if everywhere else network.schedule.output_for(air(), z, t)
-                for key in conditions.keys() - {str(wide) for wide, _, _ in parts}:
-                    del conditions[key]  # of the tiles that were too large
-                with self._autocast(z.device), self._bar(len(parts) * len(z), f"denoising, t = {t}", "tile") as bar:
-                    for wide, box, inner in parts:
-                        known = condition(wide)
+                with self._autocast(z.device):
+                    for tile, (wide, box, inner) in enumerate(parts):
+                        known = condition(tile)
                         for k in range(len(z)):
                             answer = network.predict(z[(slice(k, k + 1), ..., *wide)], t, known)
                             output[(k, ..., *box)] = answer[(0, ..., *inner)]
                             bar.update()
                 return output
 
-            return shrinking(in_tiles, self._tile_voxels(z.device, DENOISER_BYTES), LEAST_TILE, "voxels")
+            with self._bar(steps * len(parts) * len(noise), "denoising", "tile") as bar:
+                return network.schedule.sample(predict, noise, steps)
 
-        return network.schedule.sample(predict, z, self.num_inference_steps)
+        return shrinking(sample, self._tile_voxels(noise.device, DENOISER_BYTES), LEAST_TILE, "voxels")
 
     def _decode(self, z: Tensor, network: Synthesizer, body: Tensor) -> Tensor:
         """The samples ``z`` (K, c, d, h, w) decoded tile by tile and summed up in main memory, air in tiles without
