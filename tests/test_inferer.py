@@ -337,6 +337,7 @@ def test_the_autoencoder_is_in_single_precision_all_the_same(sampling):
         work = getattr(network, name)
         setattr(network, name, lambda *args, work=work, calls=calls: calls.append(torch.is_autocast_enabled("cpu")) or work(*args))
     inferer(amp=True, **CUT[sampling])(mr, network, slab(mr, 20))
+    assert all(mixed.values()), "each was called"
     assert not any(mixed["encode"] + mixed["decode"]) and all(mixed["predict"])
 
 
