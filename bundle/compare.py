@@ -79,7 +79,7 @@ def _project(name: str, title: str, *overlay: str, autoencoder: str | None = Non
 
 
 KL_2D = Stage("kl_2d", ["train_autoencoder", *KL], 0.3)
-KL_3D = Stage("kl_3d", ["train_autoencoder", *KL, "baselines/stable_dm_3d"], 0.4, {"slice_size": [48, 48, 48]})
+KL_3D = Stage("kl_3d", ["train_autoencoder", *KL, "baselines/stable_dm_3d"], 0.4)
 NO_MR = {**_encoded("{runs}/kl_2d/model.pt"), "network_def#condition": "none", "network_def#controlnet": None}
 LOCKED = {
     "_target_": "custom_modules.baselines.add_controlnet", "network": "@network_def", "path": "{runs}/ldm_2d/model.pt"

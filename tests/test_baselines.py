@@ -219,6 +219,38 @@ def test_a_volume_comes_back_from_its_slices_as_it_was_and_each_slice_is_transve
     assert torch.equal(whole, volume)
 
 
+class Sampler(nn.Module):
+    """A network whose answer is the MR, and which keeps the sizes that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = set()
+
+    def sample(self, mr, sampler, steps):
+        self.seen.add(tuple(mr.shape[2:]))
+        return mr
+
+    def reconstruct(self, images):
+        return self.sample(images, None, 1)
+
+
+@pytest.mark.parametrize(
+    ("base", "key"), [("inference", "inferer"), ("train_autoencoder", "inferer"), ("train_autoencoder", "val_inferer")]
+)
+def test_latents_in_3d_are_those_of_windows_of_the_training_crops_size(base, key):
+    parser, net, volume = config("stable_dm_3d", base, slice_size=[16, 16, 16]), Sampler(), torch.rand(1, 1, 20, 12, 40)
+    answer = parser.get_parsed_content(key)(volume, net)
+    assert net.seen == {tuple(parser.get_parsed_content("roi_size"))} == {(16, 16, 16)}
+    torch.testing.assert_close(answer, volume, atol=1e-2, rtol=1e-2)
+
+
+def test_the_first_stage_in_3d_sees_such_windows_too():
+    stage, parser, net = SYSTEMS["stable_dm_3d"].stages[0], ConfigParser(), Sampler()
+    parser.read_config([str(ROOT / "configs" / f"{file}.yaml") for file in stage.files])
+    parser.get_parsed_content("val_inferer")(torch.rand(1, 1, 60, 50, 50), net)
+    assert net.seen == {tuple(parser.get_parsed_content("roi_size"))}
+
+
 def test_a_volume_is_the_same_for_the_same_seed_and_the_generator_is_left_alone():
     inferer = [VolumeInferer(lambda image, _: torch.randn_like(image), 4, slices=2, seed=seed) for seed in (0, 0, 1)]
     before = torch.random.get_rng_state()
