@@ -6,6 +6,7 @@ import ast
 import importlib.metadata as packages
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -207,6 +208,13 @@ def test_the_metadata_name_every_package_that_the_modules_import():
             imported += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             for module in {name.split(".")[0] for name in imported} - {"custom_modules", *sys.stdlib_module_names}:
                 assert named & {module, *owners.get(module, [])}, f"{path.name}: {module}"
+
+
+@pytest.mark.parametrize("page", ("docs/README.md", "docs/evaluation.md"))
+def test_a_page_of_scores_names_the_weights_that_are_shipped(page):
+    digest = (ROOT / "models" / "model.pt.sha256").read_text().split()[0]
+    named = re.findall(r"weights\s+([0-9a-f]{8})\b", (ROOT / page).read_text())
+    assert named == [digest[:8]]
 
 
 def test_the_metrics_in_the_metadata_are_those_of_the_evaluation():
