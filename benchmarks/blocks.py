@@ -18,8 +18,8 @@ from common import medians, publish
 from monai.networks.nets.autoencoderkl import AEKLResBlock
 from torch import Tensor, nn
 
-from custom_modules.blocks import ChannelRMSNorm, DepthwiseConv3d, ResidualBlock, WaveletBlock
-from custom_modules.dsca import StructureEmphasis
+from custom_modules.networks.blocks import ChannelRMSNorm, DepthwiseConv3d, ResidualBlock, WaveletBlock
+from custom_modules.networks.dsca import StructureEmphasis
 
 
 class ShiftedAdds(DepthwiseConv3d):

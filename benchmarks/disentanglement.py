@@ -19,9 +19,9 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bundle.workflow import inference_workflow  # noqa: E402
-from custom_modules.pairs import load_pairs  # noqa: E402
-from custom_modules.transforms import Preprocess  # noqa: E402
-from custom_modules.weights import load_weights  # noqa: E402
+from custom_modules.data.pairs import load_pairs  # noqa: E402
+from custom_modules.data.transforms import Preprocess  # noqa: E402
+from custom_modules.networks.weights import load_weights  # noqa: E402
 
 
 def centre(volume: torch.Tensor, size: list[int]) -> torch.Tensor:

@@ -22,8 +22,8 @@ from scipy.stats import mannwhitneyu
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bundle.workflow import inference_workflow  # noqa: E402
-from custom_modules.guard import LIMIT  # noqa: E402
-from custom_modules.pairs import load_pairs  # noqa: E402
+from custom_modules.data.pairs import load_pairs  # noqa: E402
+from custom_modules.inference.guard import LIMIT  # noqa: E402
 
 ALTERED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "rotated: foot to head along back to front": lambda v: v.transpose(0, 2, 1),

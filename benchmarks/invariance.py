@@ -18,8 +18,8 @@ import torch
 from common import publish
 
 from bundle.workflow import inference_workflow
-from custom_modules.pairs import load_pairs
-from custom_modules.volumes import read_volume
+from custom_modules.data.pairs import load_pairs
+from custom_modules.data.volumes import read_volume
 
 SMALL = {"tile_voxels": 100_000}  # so that these patients are more than one tile, for the denoiser too
 WINDOWS = {"sampling": "windows"}

@@ -34,16 +34,17 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from bundle.cleaning import RemoveCouchd  # noqa: E402
-from bundle.patients import Patient  # noqa: E402
-from bundle.phantom import whole_body_phantom  # noqa: E402
-from bundle.prepare import Settings, choose, clean, prepare_patient, write_text  # noqa: E402
-from bundle.prepare_report import overlay  # noqa: E402
-from bundle.registration import PARAMETERS, measure, measure_motion, on_grid, register  # noqa: E402
-from custom_modules.evaluation import _lookup_index, fit_lookup  # noqa: E402
-from custom_modules.metrics import ct_body_mask  # noqa: E402
-from custom_modules.pairs import load_pairs  # noqa: E402
-from custom_modules.volumes import read_volume, write_volume  # noqa: E402
+from bundle.phantom.command import whole_body_phantom  # noqa: E402
+from bundle.prepare.cleaning import RemoveCouchd  # noqa: E402
+from bundle.prepare.command import Settings, choose, clean, prepare_patient  # noqa: E402
+from bundle.prepare.patients import Patient  # noqa: E402
+from bundle.prepare.registration import PARAMETERS, measure, measure_motion, on_grid, register  # noqa: E402
+from bundle.prepare.report import overlay  # noqa: E402
+from custom_modules.data.body import ct_body_mask
+from custom_modules.data.pairs import load_pairs  # noqa: E402
+from custom_modules.data.volumes import read_volume, write_volume  # noqa: E402
+from custom_modules.files import write_json  # noqa: E402
+from custom_modules.evaluation.split import _lookup_index, fit_lookup  # noqa: E402
 
 
 def scan_of(pair: dict[str, str], ct: str = "ct_raw") -> Path:
@@ -96,7 +97,7 @@ def pairs(
     out.mkdir(parents=True, exist_ok=True)
     found = load_pairs(Path(dataset_dir) / "datalist.json", dataset_dir, ["training", *names])
     if not (out / "lookup.json").is_file():
-        write_text(out / "lookup.json", json.dumps(fit_lookup(found["training"]).tolist()))
+        write_json(fit_lookup(found["training"]).tolist(), out / "lookup.json")
     lookup = np.array(json.loads((out / "lookup.json").read_text()))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         jobs = {}
@@ -105,7 +106,7 @@ def pairs(
             if not target.is_file():
                 jobs[pool.submit(measure_pair, pair, scan_of(pair, ct), lookup, out, parameters)] = target
         for job, target in tqdm(jobs.items(), unit="patient"):
-            write_text(target, json.dumps(job.result(), indent=2))
+            write_json(job.result(), target)
     show([json.loads((out / f"{pair['patient']}.json").read_text()) for name in names for pair in found[name]])
 
 

@@ -22,9 +22,9 @@ from common import ROOT, medians, publish, seconds
 from monai.utils import set_determinism
 from torch.utils.flop_counter import FlopCounterMode
 
-from custom_modules.inferer import LatentSamplingInferer
-from custom_modules.synthesizer import Synthesizer
-from custom_modules.weights import load_weights
+from custom_modules.inference.inferer import LatentSamplingInferer
+from custom_modules.networks.synthesizer import Synthesizer
+from custom_modules.networks.weights import load_weights
 
 # name: voxels at 2 mm, and the share of the box that is body
 VOLUMES = {

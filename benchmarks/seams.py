@@ -21,10 +21,10 @@ from monai.inferers.utils import _get_scan_interval
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bundle.workflow import inference_workflow  # noqa: E402
-from custom_modules.inferer import LatentSamplingInferer  # noqa: E402
-from custom_modules.synthesizer import Synthesizer  # noqa: E402
+from custom_modules.data.transforms import Preprocess  # noqa: E402
+from custom_modules.inference.inferer import LatentSamplingInferer  # noqa: E402
+from custom_modules.networks.synthesizer import Synthesizer  # noqa: E402
 from custom_modules.tiling import pad_to_windows  # noqa: E402
-from custom_modules.transforms import Preprocess  # noqa: E402
 
 
 def border_planes(shape: tuple[int, ...], sampling: str, inferer: LatentSamplingInferer, network: Synthesizer) -> list[np.ndarray]:

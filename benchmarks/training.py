@@ -26,8 +26,8 @@ from monai.bundle import ConfigWorkflow
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from bundle.phantom import torso_phantom  # noqa: E402
-from custom_modules.synthesizer import Synthesizer  # noqa: E402
+from bundle.phantom.command import torso_phantom  # noqa: E402
+from custom_modules.networks.synthesizer import Synthesizer  # noqa: E402
 
 STAGES = {
     "1": ["train_autoencoder.yaml"],

@@ -22,10 +22,10 @@ from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bundle.workflow import inference_workflow  # noqa: E402
-from custom_modules.metrics import ct_body_mask  # noqa: E402
-from custom_modules.pairs import load_pairs  # noqa: E402
-from custom_modules.uncertainty import assess, spearman  # noqa: E402
-from custom_modules.volumes import beside, read_volume  # noqa: E402
+from custom_modules.data.body import ct_body_mask
+from custom_modules.data.pairs import load_pairs  # noqa: E402
+from custom_modules.data.volumes import beside, read_volume  # noqa: E402
+from custom_modules.evaluation.uncertainty import assess, spearman  # noqa: E402
 
 SHOWN = ["coverage_50", "coverage_80", "coverage_95", "soft_coverage_95", "bone_coverage_95", "ence", "spearman"]
 

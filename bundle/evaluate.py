@@ -9,8 +9,9 @@ import numpy as np
 
 from bundle.synthesize import picture
 from bundle.workflow import ROOT
-from custom_modules.evaluation import Evaluation
-from custom_modules.volumes import read_volume, writable_or_stop
+from custom_modules.data.volumes import read_volume
+from custom_modules.evaluation.split import Evaluation
+from custom_modules.files import writable_or_stop
 
 
 def evaluate(
@@ -27,7 +28,7 @@ def evaluate(
     """Synthesise the MRs of ``split`` and score them on their own grid against the CTs (``label``).
 
     Prints a row a patient and the means, and writes ``OUTPUT_DIR/metrics.csv`` and ``metrics.json`` with a picture a
-    patient; see :class:`~custom_modules.evaluation.Evaluation`.
+    patient; see :class:`~custom_modules.evaluation.split.Evaluation`.
 
     Args:
         dataset_dir: folder that the datalist's paths are relative to.

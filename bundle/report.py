@@ -22,9 +22,15 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from bundle.montage import montage  # noqa: E402
+from custom_modules.data.body import ct_body_mask
+from custom_modules.data.grid import check_same_grid  # noqa: E402
+from custom_modules.data.hu import BONE_HU
+from custom_modules.data.volumes import beside, read_volume
 from custom_modules.errors import InputError  # noqa: E402
-from custom_modules.metrics import BONE_HU, ct_body_mask  # noqa: E402
-from custom_modules.volumes import beside, read_volume, writable_or_stop  # noqa: E402
+from custom_modules.files import (
+    writable_or_stop,
+    write_text,  # noqa: E402
+)
 
 Case = dict[str, Any]
 MAIN = "synthrad2025_mae"  # by which patients are ordered
@@ -64,7 +70,7 @@ def report(out: str, output: str | None = None) -> None:
     writable_or_stop(target.parent)
     summary = _json(folder / "metrics.json")
     sections = [_section(case) for case in tqdm(cases, desc="drawing", unit="patient")]
-    target.write_text(_page(folder, cases, summary, sections), encoding="utf-8")
+    write_text(_page(folder, cases, summary, sections), target)
     print(f"{target}: {len(cases)} patients, {target.stat().st_size / 1e6:.1f} MB")
 
 
@@ -182,8 +188,7 @@ def _volumes(case: Case) -> dict[str, Any]:
     read = {name: read_volume(path) for name, path in paths.items() if path}
     mr = read["MR"]
     for name, volume in read.items():
-        if volume.shape != mr.shape or not np.allclose(volume.affine, mr.affine, atol=1e-2):
-            raise InputError(f"{paths[name]}: its grid is not that of {paths['MR']}")
+        check_same_grid(volume, mr)
     kinds = {"MR": "MR", "SD": "SD"}
     shown = {name: (np.asarray(volume[0]), kinds.get(name, "HU")) for name, volume in read.items()}
     if "CT" in shown and "synthetic CT" in shown:

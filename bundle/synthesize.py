@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,10 @@ import numpy as np
 
 from bundle.montage import montage
 from bundle.workflow import inference_workflow
+from custom_modules.data.inputs import find_volumes
+from custom_modules.data.volumes import EXTENSIONS, read_volume
 from custom_modules.errors import InputError
-from custom_modules.volumes import EXTENSIONS, find_volumes, read_volume
+from custom_modules.memory import peak_memory_gib
 
 
 def synthesize(mr: str, output: str = "eval", **settings: Any) -> None:
@@ -41,8 +42,7 @@ def synthesize(mr: str, output: str = "eval", **settings: Any) -> None:
         target = folder / volume["output"]
         if target.exists() and target.stat().st_mtime >= time.time() - seconds - 1:
             print(f"synthetic CT  {target}\npicture       {picture(volume['image'], target)}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"time          {seconds:.1f} s\npeak memory   {peak:.2f} GiB")
+    print(f"time          {seconds:.1f} s\npeak memory   {peak_memory_gib('cpu'):.2f} GiB")
     if failed:
         raise failed
 

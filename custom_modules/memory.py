@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import resource
+import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -118,7 +120,7 @@ class CheckMemoryd(MapTransform):
         self.spacing, self.limit = spacing, limit if torch.device(device).type == "cpu" else None
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
-        from custom_modules.volumes import read_grid  # and with it the readers' libraries
+        from custom_modules.data.volumes import read_grid  # and with it the readers' libraries
 
         for key in self.key_iterator(dict(data)):
             grid = read_grid(data[key])
@@ -135,3 +137,15 @@ class CheckMemoryd(MapTransform):
                     "may be taken; crop or resample it, free memory, or raise --memory_limit"
                 )
         return data
+
+
+def peak_memory_gib(device: torch.device | str) -> float:
+    """The most memory that this process has held so far: on the GPU where that is the device."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return memory.peak_wset / 2**30
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux

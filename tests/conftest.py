@@ -22,19 +22,19 @@ from monai.inferers import Inferer
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bundle.phantom import torso_phantom  # noqa: E402
-from custom_modules.autoencoder import WaveletAutoencoderKL  # noqa: E402
-from custom_modules.denoiser import LatentDenoiser  # noqa: E402
-from custom_modules.synthesizer import Synthesizer  # noqa: E402
-from custom_modules.weights import save_weights  # noqa: E402
+from bundle.phantom.command import torso_phantom  # noqa: E402
+from custom_modules.networks.autoencoder import WaveletAutoencoderKL  # noqa: E402
+from custom_modules.networks.denoiser import LatentDenoiser  # noqa: E402
+from custom_modules.networks.synthesizer import Synthesizer  # noqa: E402
+from custom_modules.networks.weights import save_weights  # noqa: E402
 
 INFERENCE = ROOT / "configs" / "inference.yaml"
 AIR = -1000
 AUTOENCODER = {"latent_channels": 4, "channels": [8, 16], "num_blocks": [1, 1]}
 DENOISER = {"latent_channels": 4, "channels": [8, 16, 16], "num_blocks": 1, "attention_channels": 8}
 TINY = {
-    "network_def#autoencoder": {"_target_": "custom_modules.autoencoder.WaveletAutoencoderKL", **AUTOENCODER},
-    "network_def#denoiser": {"_target_": "custom_modules.denoiser.LatentDenoiser", **DENOISER},
+    "network_def#autoencoder": {"_target_": "custom_modules.networks.autoencoder.WaveletAutoencoderKL", **AUTOENCODER},
+    "network_def#denoiser": {"_target_": "custom_modules.networks.denoiser.LatentDenoiser", **DENOISER},
 }
 # a training that takes seconds; single precision, for at these sizes (2 voxels at the coarsest scale) the bfloat16 gradient of
 # oneDNN convolutions can be NaN on CPUs with AMX

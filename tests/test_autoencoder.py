@@ -8,8 +8,8 @@ import pywt
 import torch
 from torch import nn
 
-from custom_modules.autoencoder import WaveletAutoencoderKL
-from custom_modules.blocks import WaveletResidualModule
+from custom_modules.networks.autoencoder import WaveletAutoencoderKL
+from custom_modules.networks.blocks import WaveletResidualModule
 
 
 @pytest.fixture(autouse=True)

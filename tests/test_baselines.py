@@ -11,8 +11,8 @@ from monai.bundle import ConfigParser
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
-from bundle.compare import SYSTEMS
-from custom_modules.baselines import (
+from bundle.compare.command import SYSTEMS
+from custom_modules.baselines.diffusion import (
     AutoencoderKLLoss,
     ConditionalDiffusion,
     NoiseLoss,
@@ -21,7 +21,7 @@ from custom_modules.baselines import (
     VolumeInferer,
     add_controlnet,
 )
-from custom_modules.gan import (
+from custom_modules.baselines.gan import (
     ByChannel,
     CycleGAN,
     CycleLoss,
@@ -32,8 +32,8 @@ from custom_modules.gan import (
     UnpairedAdversary,
     UnpairedPrepareBatch,
 )
-from custom_modules.losses import ValidL1Loss
-from custom_modules.weights import save_weights
+from custom_modules.networks.weights import save_weights
+from custom_modules.training.losses import ValidL1Loss
 
 TINY = {"channels": [32, 32, 32], "autoencoder_channels": [16, 16, 16], "blocks": [8], "seed": 0}
 

@@ -9,8 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from custom_modules import wavelets
-from custom_modules.blocks import ChannelRMSNorm, DepthwiseConv3d, ResidualBlock, WaveletBlock, WaveletResidualModule
+from custom_modules.networks import wavelets
+from custom_modules.networks.blocks import (
+    ChannelRMSNorm,
+    DepthwiseConv3d,
+    ResidualBlock,
+    WaveletBlock,
+    WaveletResidualModule,
+)
 
 BAND_NAMES = ["".join(letters) for letters in product("ad", repeat=3)]
 

@@ -10,7 +10,7 @@ import pytest
 from bundle import demo as demo_module
 from bundle import montage as montage_module
 from bundle.montage import _planes, montage
-from bundle.phantom import TISSUES, torso_phantom
+from bundle.phantom.command import TISSUES, torso_phantom
 
 
 def test_phantom_is_the_same_for_the_same_seed_and_another_for_another():

@@ -12,9 +12,9 @@ import pytest
 from conftest import TINY, TRAINING, train
 
 from bundle.evaluate import evaluate
-from bundle.phantom import phantom
-from bundle.prepare import prepare
-from bundle.registration import PARAMETERS
+from bundle.phantom.command import phantom
+from bundle.prepare.command import prepare
+from bundle.prepare.registration import PARAMETERS
 
 
 def scanned(source: Path, target: Path) -> None:

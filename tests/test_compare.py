@@ -17,13 +17,13 @@ from ignite.engine import Engine
 from monai.bundle import ConfigParser
 from scipy.stats import wilcoxon
 
-import bundle.compare as comparison
-from bundle.comparison_report import SCORES, p_value, values, write_report
-from bundle.phantom import torso_phantom
-from custom_modules import evaluation
-from custom_modules.budget import TimeBudget
+import bundle.compare.command as comparison
+from bundle.compare.report import SCORES, p_value, values, write_report
+from bundle.phantom.command import torso_phantom
 from custom_modules.errors import InputError
-from custom_modules.metrics import PROTOCOLS, slice_inconsistency
+from custom_modules.evaluation import split as evaluation
+from custom_modules.evaluation.metrics import PROTOCOLS, slice_inconsistency
+from custom_modules.training.budget import TimeBudget
 
 DIFFUSION = {"channels": [32, 32, 32], "num_train_timesteps": 4, "num_inference_steps": 2, "val_steps": 2}
 PROJECT = {
@@ -280,7 +280,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero_with_the_time(tmp_path):
 def test_the_overlays_put_what_they_replace_in_its_place():
     parser = ConfigParser()
     parser.read_config([str(ROOT / "configs" / f"{f}.yaml") for f in ("train_autoencoder",)])
-    assert parser["train#handlers#3#_target_"] == "custom_modules.runs.AfterStep"  # moving_average.yaml adds to it
+    assert parser["train#handlers#3#_target_"] == "custom_modules.training.handlers.AfterStep"  # moving_average.yaml adds to it
     assert parser["train#trainer#train_handlers"] == "@train#handlers"  # equal_time.yaml adds to them
 
 

@@ -95,7 +95,7 @@ def test_the_shared_parameters_are_used_by_reference_and_written_once(name):
 
 def test_training_and_inference_read_volumes_by_the_same_transform():
     for name, key in {"train": "read", "train_autoencoder": "read", "inference": "preprocessing#transforms#1"}.items():
-        assert parsed(name)[key]["_target_"] == "custom_modules.transforms.Preprocess"
+        assert parsed(name)[key]["_target_"] == "custom_modules.data.transforms.Preprocess"
 
 
 def test_training_and_inference_scale_the_mr_alike():

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from custom_modules.denoiser import LatentDenoiser
-from custom_modules.dsca import DualSkipConnectionAttention
+from custom_modules.networks.denoiser import LatentDenoiser
+from custom_modules.networks.dsca import DualSkipConnectionAttention
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from custom_modules.disentanglement import Cosines, disentanglement_loss, latent_cosines
+from custom_modules.networks.disentanglement import Cosines, disentanglement_loss, latent_cosines
 
 
 @pytest.fixture(autouse=True)

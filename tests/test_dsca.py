@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from custom_modules.dsca import (
+from custom_modules.networks.dsca import (
     DualSkipConnectionAttention,
     ModalityFiltering,
     StructureEmphasis,

@@ -16,14 +16,16 @@ from conftest import ROOT, TINY, save
 from monai.bundle import ConfigWorkflow
 
 from bundle.calibrate import calibrate, guard
-from bundle.phantom import torso_phantom
+from bundle.phantom.command import torso_phantom
+from custom_modules.data.body import ct_body_mask
+from custom_modules.data.hu import TISSUES
+from custom_modules.data.volumes import read_volume
 from custom_modules.errors import InputError
-from custom_modules.evaluation import Evaluation, fit_lookup, near_border, score_patient, summarize, write_csv
-from custom_modules.metrics import PROTOCOLS, TISSUES, ct_body_mask
-from custom_modules.organs import SEGMENTER
-from custom_modules.sidecar import sha256
-from custom_modules.uncertainty import Calibration
-from custom_modules.volumes import read_volume
+from custom_modules.evaluation.metrics import PROTOCOLS
+from custom_modules.evaluation.organs import SEGMENTER
+from custom_modules.evaluation.split import Evaluation, fit_lookup, near_border, score_patient, summarize, write_csv
+from custom_modules.files import sha256
+from custom_modules.inference.calibration import Calibration
 
 SMALL = {"shape": (44, 36, 40), "spacing": 8.0}
 
@@ -251,7 +253,7 @@ def test_missing_labels_and_labels_on_another_grid_are_said(cohort, labels):
 
 
 def test_without_labels_and_segmenter_the_rows_say_so(cohort, monkeypatch):
-    monkeypatch.setattr("custom_modules.organs.shutil.which", lambda name: None)
+    monkeypatch.setattr("custom_modules.evaluation.organs.shutil.which", lambda name: None)
     evaluation(cohort).run()
     assert all("not computed" in row["organs"] for row in rows_of(cohort) if row["system"] == "3D-WLDM")
 

@@ -19,14 +19,14 @@ from monai.bundle import ConfigWorkflow
 from monai.networks.trt_compiler import TrtCompiler
 from monai.networks.utils import convert_to_onnx
 
-from bundle import export as export_module
-from bundle.export import TOLERANCE, export
-from custom_modules import tensorrt
-from custom_modules.autoencoder import WaveletAutoencoderKL
-from custom_modules.denoiser import LatentDenoiser
+from bundle.release import export as export_module
+from bundle.release.export import TOLERANCE, export
 from custom_modules.errors import InputError
-from custom_modules.synthesizer import Synthesizer
-from custom_modules.weights import save_weights
+from custom_modules.inference import tensorrt
+from custom_modules.networks.autoencoder import WaveletAutoencoderKL
+from custom_modules.networks.denoiser import LatentDenoiser
+from custom_modules.networks.synthesizer import Synthesizer
+from custom_modules.networks.weights import save_weights
 
 # one resolution: the graphs are small enough to be exported in seconds, and hold every kind of block
 AUTOENCODER = {"latent_channels": 4, "channels": [8], "num_blocks": [1]}

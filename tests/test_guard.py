@@ -13,7 +13,7 @@ from conftest import ellipsoid, files_in, save, tiny_network
 from monai.data import MetaTensor
 
 from custom_modules.errors import InputError
-from custom_modules.guard import (
+from custom_modules.inference.guard import (
     MEASURES,
     Guard,
     _detail,

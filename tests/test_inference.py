@@ -17,7 +17,7 @@ from nibabel.eulerangles import euler2mat
 from scipy import ndimage
 from test_volumes import BAD, GAP, OBLIQUE, PIXEL, dicom_world, save_itk, save_series
 
-from custom_modules.weights import save_weights
+from custom_modules.networks.weights import save_weights
 
 TWO_MM = np.diag([2.0, 2, 2, 1])
 ROTATION = euler2mat(0.2, -0.15, 0.3)

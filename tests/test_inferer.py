@@ -8,13 +8,13 @@ import torch
 from monai.data import MetaTensor
 from torch import nn
 
-from custom_modules.autoencoder import WaveletAutoencoderKL
-from custom_modules.denoiser import LatentDenoiser
 from custom_modules.errors import InputError
-from custom_modules.inferer import DENOISER_BYTES, TILE_BYTES, LatentSamplingInferer
-from custom_modules.schedule import DDIMSchedule
-from custom_modules.synthesizer import Synthesizer
-from custom_modules.tensorrt import through_forward
+from custom_modules.inference.inferer import DENOISER_BYTES, TILE_BYTES, LatentSamplingInferer
+from custom_modules.inference.tensorrt import through_forward
+from custom_modules.networks.autoencoder import WaveletAutoencoderKL
+from custom_modules.networks.denoiser import LatentDenoiser
+from custom_modules.networks.schedule import DDIMSchedule
+from custom_modules.networks.synthesizer import Synthesizer
 from custom_modules.tiling import pad_to_windows
 
 MODES = ("whole", "windows")
@@ -24,7 +24,7 @@ FACTOR = 4
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr("custom_modules.inferer.LEAST_TILE", 2**17)
+    monkeypatch.setattr("custom_modules.inference.inferer.LEAST_TILE", 2**17)
 
 
 class Mirror(nn.Module):

@@ -27,10 +27,10 @@ from nibabel.eulerangles import euler2mat
 from test_volumes import save_series
 
 from bundle.label_app.options import Option, chosen
-from bundle.phantom import torso_phantom
+from bundle.phantom.command import torso_phantom
+from custom_modules.data.volumes import read_volume
 from custom_modules.errors import InputError
-from custom_modules.sidecar import sha256
-from custom_modules.volumes import read_volume
+from custom_modules.files import sha256
 
 sys.path.insert(0, str(ROOT / "bundle" / "slicer" / "SyntheticCT"))
 from SyntheticCTLib.client import Client, ServerError, _form  # noqa: E402

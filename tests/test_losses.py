@@ -7,14 +7,8 @@ import torch
 from monai.networks.nets import PatchDiscriminator
 from torch import nn
 
-from custom_modules.losses import (
-    Adversary,
-    AutoencoderLoss,
-    EstimateLoss,
-    LatentDiffusionLoss,
-    ValidL1Loss,
-    has_both,
-)
+from custom_modules.training.adversary import Adversary
+from custom_modules.training.losses import AutoencoderLoss, EstimateLoss, LatentDiffusionLoss, ValidL1Loss, has_both
 
 
 class Engine:

@@ -10,8 +10,8 @@ from conftest import ROOT
 from monai.data import MetaTensor
 
 from custom_modules import memory
+from custom_modules.data.volumes import read_grid, write_volume
 from custom_modules.errors import InputError
-from custom_modules.volumes import read_grid, write_volume
 
 
 def test_cpu_takes_a_fixed_batch():

@@ -16,15 +16,15 @@ from monai.metrics import MAEMetric, PSNRMetric, RMSEMetric, SSIMMetric, compute
 from scipy import ndimage
 from scipy.stats import pearsonr
 
+from custom_modules.data.body import ct_body_mask
+from custom_modules.data.hu import check_hu
 from custom_modules.errors import InputError
-from custom_modules.metrics import (
+from custom_modules.evaluation.metrics import (
     METRICS,
     PAPER_HU,
     PROTOCOLS,
     SYNTHRAD_HU,
     InBodyScore,
-    check_hu,
-    ct_body_mask,
     dice,
     ms_ssim,
     ncc,

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, files_in
 
-from bundle import package as package_module
-from bundle import verification
-from bundle.package import build, package
-from bundle.verification import Failure, check_contents, check_metadata, check_weights
+from bundle.release import package as package_module
+from bundle.release import verification
+from bundle.release.package import build, package
+from bundle.release.verification import Failure, check_contents, check_metadata, check_weights
 from custom_modules.errors import InputError
 
 METADATA = json.loads((ROOT / "configs/metadata.json").read_text())
@@ -86,7 +86,7 @@ def test_a_folder_that_is_no_repository_is_one_line(tmp_path):
 def test_a_module_that_needs_the_repository_fails_and_leaves_no_archive(repository, tmp_path):
     """`bundle` can be imported here, and is not in the archive."""
     with (repository / "custom_modules" / "synthesizer.py").open("a") as file:
-        file.write("\nimport bundle.phantom\n")
+        file.write("\nimport bundle.phantom.command\n")
     commit(repository)
     with pytest.raises(InputError, match="data shape of network_def: .*No module named 'bundle'"):
         package(str(tmp_path / "dist"), root=str(repository))
@@ -219,7 +219,7 @@ def test_a_page_of_scores_names_the_weights_that_are_shipped(page):
 
 def test_the_metrics_in_the_metadata_are_those_of_the_evaluation():
     """The numbers of docs/evaluation.md, by the names of metrics.json."""
-    from custom_modules.evaluation import SHOWN
+    from custom_modules.evaluation.split import SHOWN
 
     text = (ROOT / "docs" / "evaluation.md").read_text()
     for name, value in METADATA["eval_metrics"].items():

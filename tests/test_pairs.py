@@ -11,9 +11,11 @@ import pytest
 import torch
 from conftest import save
 
-from bundle.phantom import torso_phantom
+from bundle.phantom.command import torso_phantom
+from custom_modules.data.pairs import check_pairs_or_stop, load_pairs
+from custom_modules.data.sampler import DistinctPatientSampler, SeededDataset, seed_of
 from custom_modules.errors import InputError
-from custom_modules.pairs import DistinctPatientSampler, SeededDataset, check_pairs_or_stop, is_on, load_pairs, seed_of
+from custom_modules.settings import is_on
 
 AFFINE = np.diag([8.0, 8, 8, 1])
 

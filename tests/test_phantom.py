@@ -9,12 +9,13 @@ import pytest
 from conftest import files_in
 from scipy import ndimage
 
-from bundle.anatomy import TISSUES, Build, Canvas, paint_body
-from bundle.phantom import HU, MR_SIGNAL, phantom, whole_body_phantom
+from bundle.phantom.anatomy import TISSUES, Build, Canvas, paint_body
+from bundle.phantom.command import HU, MR_SIGNAL, phantom, whole_body_phantom
+from custom_modules.data.body import body_mask, shoulder_slice
+from custom_modules.data.pairs import check_pairs_or_stop, load_pairs
+from custom_modules.data.transforms import Preprocess
+from custom_modules.data.volumes import read_volume
 from custom_modules.errors import InputError
-from custom_modules.pairs import check_pairs_or_stop, load_pairs
-from custom_modules.transforms import Preprocess, body_mask, shoulder_slice
-from custom_modules.volumes import read_volume
 
 AXES = tuple(np.arange(low, high, 8.0) for low, high in ((-420, 420), (-180, 200), (-20, 1740)))
 

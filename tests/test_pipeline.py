@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from conftest import INFERENCE, ROOT, TINY, files_in, ramp, save, stub
 
-from custom_modules.pipeline import VolumeDataset
-from custom_modules.volumes import find_volumes
+from custom_modules.data.inputs import find_volumes
+from custom_modules.inference.pipeline import VolumeDataset
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_the_others_are_written_and_the_failures_listed(folder, tmp_path, infer)
 
 def test_what_cannot_be_written_is_a_failure_of_its_own_volume(folder, tmp_path, infer, monkeypatch):
     (folder / "3.nii.gz").unlink()
-    from custom_modules import volumes
+    from custom_modules.data import volumes
 
     write, threads = volumes.write_volume, set()
 

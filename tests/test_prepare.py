@@ -24,12 +24,12 @@ from pydicom.uid import generate_uid
 from scipy import ndimage
 from test_volumes import GAP, NORMAL, ORIGIN, dicom_slice, save_series
 
-from bundle import prepare as prepare_module
-from bundle.cleaning import CorrectBiasFieldd, RemoveCouchd, bias_field, ct_body
-from bundle.patients import Patient, check_modality, find_patients, find_sources, load_patient, read_source
-from bundle.phantom import whole_body_phantom
-from bundle.prepare import Limits, Settings, choose, is_finished, prepare, split_patients
-from bundle.registration import (
+from bundle.phantom.command import whole_body_phantom
+from bundle.prepare import command as prepare_module
+from bundle.prepare.cleaning import CorrectBiasFieldd, RemoveCouchd, bias_field, ct_body
+from bundle.prepare.command import Limits, Settings, choose, is_finished, prepare, split_patients
+from bundle.prepare.patients import Patient, check_modality, find_patients, find_sources, load_patient, read_source
+from bundle.prepare.registration import (
     PARAMETERS,
     body_dice,
     crop_around,
@@ -40,10 +40,10 @@ from bundle.registration import (
     mutual_information,
     register,
 )
+from custom_modules.data.body import body_mask
+from custom_modules.data.pairs import load_pairs
+from custom_modules.data.volumes import read_volume
 from custom_modules.errors import InputError
-from custom_modules.pairs import load_pairs
-from custom_modules.transforms import body_mask
-from custom_modules.volumes import read_volume
 
 QUICK = {"registration": "none", "bias_correction": False, "crop_above_shoulders": False, "spacing": 4.0}
 

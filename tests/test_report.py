@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, save
 
-from bundle.phantom import torso_phantom
+from bundle.phantom.command import torso_phantom
 from bundle.report import _bone_voxel, _text, report
 from custom_modules.errors import InputError
-from custom_modules.evaluation import Evaluation
-from custom_modules.metrics import PROTOCOLS
-from custom_modules.sidecar import write_json
+from custom_modules.evaluation.metrics import PROTOCOLS
+from custom_modules.evaluation.split import Evaluation
+from custom_modules.files import write_json
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 SMALL = {"shape": (44, 36, 40), "spacing": 8.0}

@@ -17,18 +17,17 @@ from ignite.engine import Engine, Events
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from custom_modules.runs import (
+from custom_modules.files import save_atomically
+from custom_modules.training.checkpoints import BestWeights, Checkpoints
+from custom_modules.training.handlers import (
     AfterStep,
-    BestWeights,
-    Checkpoints,
     GradientClipping,
     ProgressBar,
     StepSeed,
     StopOnNonFinite,
     handlers_of_rank,
-    write_record,
 )
-from custom_modules.weights import save_atomically
+from custom_modules.training.record import write_record
 
 LONG = {"steps_per_epoch": 4, "max_epochs": 3, "val_interval": 2, "checkpoint_interval": 3}
 
@@ -45,7 +44,7 @@ if when == "step":
     from monai.engines import IterationEvents
     trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, lambda e: die() if e.state.iteration == iteration else None)
 else:
-    import custom_modules.weights
+    import custom_modules.networks.weights
     save = torch.save
     def half(content, file):
         save(content, file)
@@ -53,7 +52,7 @@ else:
             file.truncate(file.tell() // 2)
             file.flush()
             die()
-    custom_modules.weights.torch.save = half
+    custom_modules.networks.weights.torch.save = half
 workflow.run()
 """
 

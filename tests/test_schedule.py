@@ -5,7 +5,7 @@ import pytest
 import torch
 from monai.networks.schedulers import DDIMScheduler
 
-from custom_modules.schedule import MIN_ALPHA_BAR, DDIMSchedule
+from custom_modules.networks.schedule import MIN_ALPHA_BAR, DDIMSchedule
 
 PREDICTIONS = ("epsilon", "v")
 SHAPE = (1, 2, 3, 3, 3)

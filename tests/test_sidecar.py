@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import files_in, full_disk, ramp, save
 
-from custom_modules.sidecar import sha256, write_json
+from custom_modules.files import sha256, write_json
 
 SMALL_WINDOWS = {"roi_size": [16, 16, 16], "tile_size": [32, 32, 32]}
 

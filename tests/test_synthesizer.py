@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from custom_modules.autoencoder import WaveletAutoencoderKL
-from custom_modules.denoiser import LatentDenoiser
-from custom_modules.schedule import DDIMSchedule
-from custom_modules.synthesizer import Synthesizer
+from custom_modules.networks.autoencoder import WaveletAutoencoderKL
+from custom_modules.networks.denoiser import LatentDenoiser
+from custom_modules.networks.schedule import DDIMSchedule
+from custom_modules.networks.synthesizer import Synthesizer
 
 
 @pytest.fixture(autouse=True)

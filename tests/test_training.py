@@ -8,13 +8,11 @@ import torch
 from conftest import TRAINING, tiny_network, train, train_workflow
 from monai.bundle import ConfigWorkflow
 
-from custom_modules.autoencoder import WaveletAutoencoderKL
 from custom_modules.errors import InputError
-from custom_modules.losses import has_both
-from custom_modules.schedule import DDIMSchedule
-from custom_modules.training import (
+from custom_modules.networks.autoencoder import WaveletAutoencoderKL
+from custom_modules.networks.schedule import DDIMSchedule
+from custom_modules.training.batches import (
     EstimatePrepareBatch,
-    LatentDataset,
     LatentPrepareBatch,
     OneStepEstimate,
     PairPrepareBatch,
@@ -22,6 +20,8 @@ from custom_modules.training import (
     ReconstructionPrepareBatch,
     SynthesisPrepareBatch,
 )
+from custom_modules.training.latents import LatentDataset
+from custom_modules.training.losses import has_both
 
 
 def latents(phantoms, network, **kwargs):

@@ -13,19 +13,17 @@ from monai.data import MetaTensor
 from monai.transforms import RandAffined, RandBiasFieldd, RandFlipd, RandScaleIntensityd
 from scipy import ndimage
 
-from custom_modules.errors import InputError
-from custom_modules.transforms import (
-    Augment,
+from custom_modules.data.body import (
     BodyMaskd,
     CropAboveShouldersd,
-    Preprocess,
-    SameGridd,
-    StandardizeMRd,
     body_mask,
     fill_holes_by_slice,
     largest_opened,
     shoulder_slice,
 )
+from custom_modules.data.grid import SameGridd
+from custom_modules.data.transforms import Augment, Preprocess, StandardizeMRd
+from custom_modules.errors import InputError
 
 
 def tensor(array: np.ndarray, spacing: float | tuple = 2.0, name: str = "mr.nii") -> MetaTensor:
@@ -184,7 +182,7 @@ def test_above_the_shoulders_is_no_body_and_below_nothing_changes():
 
 def test_a_limb_is_left_whole_and_the_log_says_so(caplog):
     body = tensor(trunk())
-    with caplog.at_level(logging.WARNING, "custom_modules.transforms"):
+    with caplog.at_level(logging.WARNING, "custom_modules.data.transforms"):
         assert CropAboveShouldersd("image")({"image": body, "body": body})["image"].shape == body.shape
     assert "no shoulders" in caplog.text
 
@@ -202,7 +200,7 @@ def test_a_standardised_mr_is_left_alone(percentile):
 @pytest.mark.parametrize("scale", [1e-3, 0.3, 2.0, 1e3])
 def test_any_other_mr_is_scaled_to_the_reference(scale, caplog):
     mr = noisy(trunk()) * scale
-    with caplog.at_level(logging.INFO, "custom_modules.transforms"):
+    with caplog.at_level(logging.INFO, "custom_modules.data.transforms"):
         result = StandardizeMRd("image")({"image": tensor(mr)})["image"][0]
     assert np.percentile(result, 99) == pytest.approx(1050, rel=1e-4)
     np.testing.assert_allclose(result, mr * (1050 / np.percentile(mr, 99)), rtol=1e-5)

@@ -12,18 +12,9 @@ import torch
 from conftest import ramp, save
 from scipy.stats import norm, rankdata
 
-from custom_modules.sidecar import sha256
-from custom_modules.uncertainty import (
-    FRACTIONS,
-    Calibration,
-    SplitSpreadd,
-    assess,
-    coverage,
-    ence,
-    fit_scale,
-    sparsification,
-    spearman,
-)
+from custom_modules.evaluation.uncertainty import FRACTIONS, assess, coverage, ence, fit_scale, sparsification, spearman
+from custom_modules.files import sha256
+from custom_modules.inference.calibration import Calibration, SplitSpreadd
 
 RNG = np.random.default_rng(0)
 SD = RNG.uniform(10, 100, 20000)

@@ -19,20 +19,12 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from scipy import ndimage
 
+from custom_modules.data.grid import RestoreGridd
+from custom_modules.data.inputs import find_volumes, require_volumes
+from custom_modules.data.volumes import AirOutsideBodyd, ReadVolumed, SaveVolumed, beside, read_volume, write_volume
 from custom_modules.errors import InputError, one_line
-from custom_modules.pipeline import VolumeDataset, collate
-from custom_modules.volumes import (
-    AirOutsideBodyd,
-    ReadVolumed,
-    RestoreGridd,
-    SaveVolumed,
-    beside,
-    find_volumes,
-    read_volume,
-    require_volumes,
-    writable_or_stop,
-    write_volume,
-)
+from custom_modules.files import writable_or_stop
+from custom_modules.inference.pipeline import VolumeDataset, collate
 
 RNG = np.random.default_rng(0)
 VALUES = RNG.integers(1, 1000, (9, 8, 7)).astype(np.int16)

@@ -7,7 +7,7 @@ import pytest
 import pywt
 import torch
 
-from custom_modules.wavelets import BANDS, WaveletTransform3d
+from custom_modules.networks.wavelets import BANDS, WaveletTransform3d
 
 WAVELETS = ("haar", "db1", "db2", "bior2.2", "sym4")
 SIZES = ((8, 6, 4), (7, 5, 9), (4, 9, 6), (1, 2, 3))

@@ -10,7 +10,7 @@ from conftest import files_in, tiny_network
 from torch import nn
 
 from custom_modules.errors import InputError
-from custom_modules.weights import load_weights, load_weights_or_stop, save_weights
+from custom_modules.networks.weights import load_weights, load_weights_or_stop, save_weights
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from bundle.label_app.options import Option, chosen
 from bundle.label_app.studies import Studies, called, check_name, check_volume_file
 from bundle.workflow import ROOT, inference_workflow
+from custom_modules.data.volumes import EXTENSIONS, beside
 from custom_modules.errors import InputError
-from custom_modules.pairs import is_on
-from custom_modules.volumes import EXTENSIONS, beside
+from custom_modules.settings import is_on
 
 UNCERTAINTY = "uncertainty"  # label tag of the samples' standard deviation
 

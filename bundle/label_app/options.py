@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from custom_modules.errors import InputError
-from custom_modules.pairs import is_on
+from custom_modules.settings import is_on
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ import numpy as np
 from monailabel.datastore.local import LocalDatastore
 from monailabel.utils.sessions import Sessions
 
+from custom_modules.data.inputs import find_volumes
+from custom_modules.data.volumes import EXTENSIONS, read_volume
 from custom_modules.errors import InputError
-from custom_modules.volumes import EXTENSIONS, find_volumes, read_volume
 
 LABEL_MAP_VALUES = 32  # whole numbers that a label map may hold; a magnitude image has hundreds
 
@@ -32,7 +33,7 @@ def called(path: str | Path, name: str) -> Iterator[None]:
 
 
 def check_volume_file(path: str | Path, label_map: bool = False) -> dict[str, str]:
-    """The one volume in ``path``, as :func:`~custom_modules.volumes.find_volumes` lists it.
+    """The one volume in ``path``, as :func:`~custom_modules.data.inputs.find_volumes` lists it.
 
     Args:
         label_map: let a label map pass; a CT that is no CT is the training's to refuse.

@@ -15,10 +15,10 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 
 from bundle.label_app.options import Option, chosen
-from bundle.ship import ship
+from bundle.release.ship import ship
 from bundle.workflow import ROOT
 from custom_modules.errors import InputError
-from custom_modules.sidecar import sha256, write_json
+from custom_modules.files import sha256, write_json
 
 CONFIGS = [str(ROOT / "configs" / name) for name in ("train.yaml", "finetune.yaml")]
 

@@ -1,0 +1,1 @@
+"""``compare``: every system of the paper, trained for the same time and scored by the same code."""

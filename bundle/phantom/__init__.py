@@ -1,0 +1,1 @@
+"""``phantom``: made-up patients of known anatomy."""

@@ -1,0 +1,1 @@
+"""``prepare``: from clinical files to registered training pairs."""

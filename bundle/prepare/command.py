@@ -1,0 +1,367 @@
+"""``python -m bundle prepare IN OUT``: from clinical files to registered training pairs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import itk
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose, CropForegroundd, Orientationd, ResampleToMatch, Spacingd
+from tqdm import tqdm
+
+from bundle.prepare.cleaning import CorrectBiasFieldd, RemoveCouchd
+from bundle.prepare.patients import SPLITS, Patient, find_patients, load_patient
+from bundle.prepare.registration import PARAMETERS, STAGES, crop_around, measure, measure_motion, register
+from bundle.prepare.report import overlay, page
+from custom_modules.data.body import BodyMaskd, CropAboveShouldersd
+from custom_modules.data.transforms import StandardizeMRd
+from custom_modules.data.volumes import write_volume
+from custom_modules.errors import InputError, one_line, stop
+from custom_modules.files import atomic_write, writable_or_stop, write_json, write_text
+from custom_modules.memory import peak_memory_gib
+
+logger = logging.getLogger(__name__)
+
+ENVELOPE = 8.0  # mm between the body and the faces of the box it is cropped to
+VOLUMES = ("image", "label", "body")
+FINISHED = "prepared.json"  # written last: a patient with it is finished
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How each patient is prepared.
+
+    Attributes:
+        mr, ct: shell patterns that name the MR and the CT in a patient's folder.
+        spacing: of the output, mm.
+        hu_window: that the CT is clipped to.
+        registration: the last step to take: ``bspline``, ``rigid`` or ``none``.
+        parameters: folder of Elastix' parameter maps ``rigid.txt`` and ``bspline.txt``.
+        bias_correction: of the MR, by N4.
+        crop_above_shoulders: leave out head and neck, as the paper does.
+    """
+
+    mr: str | None = None
+    ct: str | None = None
+    spacing: float = 2.0
+    hu_window: tuple[float, float] = (-1000.0, 1600.0)
+    registration: str = "bspline"
+    parameters: str = str(PARAMETERS)
+    bias_correction: bool = True
+    crop_above_shoulders: bool = True
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a pair must reach to be in the datalist.
+
+    Attributes:
+        min_dice: of the two bodies.
+        min_mutual_information: nats.
+        max_deformation: beyond the rigid motion, mm.
+        max_folded: share of the body.
+        min_covered: share of the MR's body that the CT covers.
+    """
+
+    min_dice: float = 0.85
+    min_mutual_information: float = 0.2
+    max_deformation: float = 40.0
+    max_folded: float = 0.001
+    min_covered: float = 0.5
+
+    def shortfalls(self, measures: Mapping[str, Any]) -> list[str]:
+        """What ``measures`` fall short of, in words."""
+        found = []
+        for limit in fields(self):
+            bound, name = limit.name.split("_", 1)
+            value, allowed = measures[name], getattr(self, limit.name)
+            if not (value >= allowed if bound == "min" else value <= allowed):
+                side = "below" if bound == "min" else "above"
+                found.append(f"{name.replace('_', ' ')} {value:.3g} is {side} {allowed:g}")
+        return found
+
+
+def prepare(input: str, output: str, workers: int = 1, **settings: Any) -> None:
+    """Register the CT of every patient in INPUT to the MR and write both as training pairs to OUTPUT.
+
+    INPUT is a folder with a folder per patient (DICOM series, NIfTI, NRRD or MHA), SynthRAD's folders or a MONAI
+    datalist. OUTPUT gets ``<patient>/image.nii.gz`` (MR), ``label.nii.gz`` (CT in HU) and ``body.nii.gz``,
+    ``datalist.json`` and ``report.html``. Finished patients are skipped; those that fail are listed at the end.
+
+    Args:
+        workers: patients at a time, each in a process of its own.
+        settings: --mr PATTERN, --ct PATTERN, --spacing 2, --hu_window "(-1000, 1600)", --registration
+            bspline|rigid|none, --parameters DIR (Elastix' maps), --bias_correction True, --crop_above_shoulders
+            True; --test 0.2, --validation 0 and --seed 0 of the split; the limits --min_dice,
+            --min_mutual_information, --max_deformation, --max_folded and --min_covered.
+    """
+    split = {name: settings.pop(name, default) for name, default in (("test", 0.2), ("validation", 0.0), ("seed", 0))}
+    limits = Limits(**{f.name: settings.pop(f.name) for f in fields(Limits) if f.name in settings})
+    how = _settings(settings)
+    _check_fractions(**split)
+    root, out = Path(str(input)), Path(str(output))
+    patients = find_patients(root)
+    folder = root if root.is_dir() else root.parent
+    if out.resolve() == folder.resolve() or folder.resolve() in out.resolve().parents:
+        raise InputError(f"{out}: lies in the input; give a folder outside of it")
+    writable_or_stop(out)
+    failures = prepare_all(patients, out, how, int(workers))
+    rows = summarise(patients, out, limits, failures, split)
+    bounds = ", ".join(f"{name.replace('_', ' ')} {bound:g}" for name, bound in asdict(limits).items())
+    write_text(page(rows, bounds), out / "report.html")
+    used = [row for row in rows if row["used"]]
+    print(f"{len(used)} of {len(rows)} patients are in {out / 'datalist.json'}; look at {out / 'report.html'}")
+    for row in rows:
+        if not row["used"] and row["patient"] not in failures:
+            print(f"  {row['patient']}: {row['state']}")
+    if failures:
+        stop(f"{len(failures)} of {len(patients)} patients failed:\n" + "\n".join(f"  {f}" for f in failures.values()))
+
+
+def _settings(values: Mapping[str, Any]) -> Settings:
+    names = [f.name for f in fields(Settings)]
+    unknown = sorted(set(values) - set(names))
+    if unknown:
+        known = ", ".join([*names, *(f.name for f in fields(Limits)), "test", "validation", "seed"])
+        raise InputError(f"no setting '{unknown[0]}'; there are {known}")
+    settings = Settings(**{k: tuple(map(float, v)) if k == "hu_window" else v for k, v in values.items()})
+    if settings.registration not in STAGES:
+        raise InputError(f"--registration {settings.registration}: give one of {', '.join(STAGES)}")
+    for stage in STAGES[1 : STAGES.index(settings.registration) + 1]:
+        if not Path(settings.parameters, f"{stage}.txt").is_file():
+            raise InputError(f"--parameters {settings.parameters}: holds no {stage}.txt")
+    return settings
+
+
+def _check_fractions(test: float, validation: float, seed: int) -> None:
+    if not (0 <= test < 1 and 0 <= validation < 1 and test + validation < 1):
+        raise InputError(f"--test {test:g} and --validation {validation:g} must be shares that leave some for training")
+
+
+# one patient
+
+
+def prepare_patient(patient: Patient, folder: Path, settings: Settings) -> dict[str, Any]:
+    """Prepare one patient and write its volumes and picture to ``folder``.
+
+    Returns:
+        The measures, the notes and where the volumes came from.
+
+    Raises:
+        InputError: when its files cannot be used.
+    """
+    volumes, notes = load_patient(patient, settings.mr, settings.ct)
+    registered = "mask" in volumes
+    source = {kind: volume.meta["filename_or_obj"] for kind, volume in volumes.items()}
+    data = {"image": volumes["mr"], "label": volumes["ct"]}
+    data = clean(data, volumes.get("mask"), settings, notes)
+    if registered:
+        notes.append("registered as it came: registration and couch removal are skipped, its mask is kept")
+    else:
+        data["label"] = RemoveCouchd("label")(data)["label"]
+    body = np.asarray(data["body"][0]) > 0.5
+    stage = "none" if registered else settings.registration
+    alignments = register(data["image"], data["label"], body, stage, settings.parameters)
+    measures = measure(alignments, data["image"], body)
+    stage = choose(measures)
+    if stage != list(measures)[-1]:
+        notes.append(f"{list(measures)[-1]} registration does not bring MR and CT closer: kept at '{stage}'")
+    best = alignments[stage]
+    motion = measure_motion(alignments, stage, data["label"], body)
+    data = {**data, "label": best.ct, "before": alignments["none"].ct}
+    write_pair(finish(data, settings), folder, patient.name)
+    before = {f"{name}_before": value for name, value in measures["none"].items()}
+    covered = float(best.covered[body].mean())
+    return {**before, **measures[stage], **motion, "covered": covered, "stage": stage, "notes": notes, "source": source}
+
+
+def clean(
+    data: dict[str, MetaTensor], mask: MetaTensor | None, settings: Settings, notes: list[str]
+) -> dict[str, MetaTensor]:
+    """The MR corrected and on the output's grid with its ``body``, the CT cut to its surroundings on its own grid."""
+    keys = ["image", "label"]
+    steps = [
+        Orientationd(keys, axcodes="RAS", labels=None),
+        *([CorrectBiasFieldd("image")] if settings.bias_correction else []),
+        Spacingd("image", pixdim=[settings.spacing] * 3, mode="bilinear", padding_mode="border"),
+    ]
+    data = Compose(steps)(data)
+    if mask is None:
+        data = BodyMaskd("image", margin=0.0)(data)
+    else:
+        data["body"] = ResampleToMatch(mode="nearest", padding_mode="zeros")((mask > 0).float(), data["image"])
+    if settings.crop_above_shoulders:
+        height = data["image"].shape[-1]
+        data = CropAboveShouldersd(["image", "body"])(data)
+        cut = (height - data["image"].shape[-1]) * settings.spacing
+        notes.append(f"{cut:g} mm above the shoulders are cut off" if cut else "no shoulders found, nothing is cut off")
+    data["label"] = crop_around(data["label"], data["image"])
+    return data
+
+
+def choose(measures: Mapping[str, Mapping[str, float]]) -> str:
+    """The stage of the highest mutual information: a registration that lowers it is not taken."""
+    return max(measures, key=lambda stage: measures[stage]["mutual_information"])
+
+
+def finish(data: dict[str, MetaTensor], settings: Settings) -> dict[str, MetaTensor]:
+    """Cut to the rectangular envelope of the body, bring the MR to the training set's scale, clip the CT."""
+    keys = ["image", "label", "before", "body"]
+    margin = round(ENVELOPE / settings.spacing)
+    data = CropForegroundd(keys, source_key="body", margin=margin, allow_smaller=True)(data)
+    data = StandardizeMRd("image")(data)
+    low, high = settings.hu_window
+    return {
+        **data,
+        "image": data["image"].clamp(0, torch.iinfo(torch.int16).max).round().to(torch.int16),
+        "label": data["label"].clamp(low, high).round().to(torch.int16),
+        "body": (data["body"] > 0.5).to(torch.uint8),
+    }
+
+
+def write_pair(data: Mapping[str, MetaTensor], folder: Path, title: str) -> None:
+    """Write the volumes and the picture, each whole or not at all."""
+    for key in VOLUMES:
+        write_volume(data[key], folder / f"{key}.nii.gz")
+    columns = {"as scanned": np.asarray(data["before"][0]), "prepared": np.asarray(data["label"][0], dtype=np.float32)}
+    with atomic_write(folder / "overlay.png") as temporary:
+        overlay(np.asarray(data["image"][0], dtype=np.float32), columns, temporary, title)
+
+
+# all patients
+
+
+def prepare_all(patients: Sequence[Patient], out: Path, settings: Settings, workers: int = 1) -> dict[str, str]:
+    """Prepare those that are not finished, ``workers`` at a time, each in its own process: a crash costs one patient.
+
+    Returns:
+        For each patient that failed, its name and one line that says why.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bundle.prepare.worker"])
+    failures: dict[str, str] = {}
+    todo = [patient for patient in patients if not is_finished(patient, out, settings)]
+    done = len(patients) - len(todo)
+    bar = tqdm(total=len(patients), initial=done, unit="patient", desc="preparing")
+    with ThreadPoolExecutor(max(1, workers)) as pool, bar:
+        jobs = {pool.submit(_in_process, context, patient, out, settings): patient for patient in todo}
+        try:
+            for job in as_completed(jobs):
+                failure = job.result()
+                if failure:
+                    failures[jobs[job].name] = failure
+                    bar.write(f"failed: {failure}")
+                bar.update()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return {patient.name: failures[patient.name] for patient in patients if patient.name in failures}
+
+
+def _in_process(context: Any, patient: Patient, out: Path, settings: Settings) -> str | None:
+    """Prepare ``patient`` in a process of its own; returns what went wrong."""
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(patient, out, settings, send), daemon=True)
+    process.start()
+    send.close()
+    try:
+        return receive.recv()
+    except EOFError:  # it died without a word
+        process.join()
+        return f"{patient.folder}: its process died (exit code {process.exitcode}), of too little memory or in Elastix"
+    finally:
+        process.join()
+
+
+def _work(patient: Patient, out: Path, settings: Settings, send: Any) -> None:
+    """The body of a patient's process: one thread, so that results do not depend on how many workers there are."""
+    torch.set_num_threads(1)
+    itk.MultiThreaderBase.SetGlobalDefaultNumberOfThreads(1)
+    started, folder = time.perf_counter(), out / patient.name
+    name = str(patient.given.get("mr", patient.folder))
+    try:
+        (folder / FINISHED).unlink(missing_ok=True)
+        result = prepare_patient(patient, folder, settings)
+        result["seconds"] = time.perf_counter() - started
+        result["memory"] = peak_memory_gib("cpu")
+        result["fingerprint"] = fingerprint(patient, settings)
+        write_json(result, folder / FINISHED)
+        send.send(None)
+    except Exception as error:
+        send.send(one_line(error, name))
+
+
+def fingerprint(patient: Patient, settings: Settings) -> str:
+    """SHA-256 over the settings and the names, sizes and times of the patient's files and the parameter maps."""
+    paths = [Path(p) for p in patient.given.values()] or [patient.folder]
+    paths.append(Path(settings.parameters))
+    files = sorted(f for p in paths for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file())
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return hashlib.sha256(json.dumps([asdict(settings), stats]).encode()).hexdigest()
+
+
+def is_finished(patient: Patient, out: Path, settings: Settings) -> bool:
+    """Whether the patient was prepared from these very files with these settings, and is still all there."""
+    result = _result(out / patient.name)
+    there = all((out / patient.name / f"{key}.nii.gz").is_file() for key in VOLUMES)
+    return bool(result) and there and result["fingerprint"] == fingerprint(patient, settings)
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    path = folder / FINISHED
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def summarise(
+    patients: Sequence[Patient], out: Path, limits: Limits, failures: Mapping[str, str], split: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Hold every patient against the limits, split those that pass and write ``datalist.json``; a row a patient."""
+    rows = []
+    for patient in patients:
+        row = {"patient": patient.name, "notes": [], "used": False, "split": patient.split}
+        if patient.name in failures:
+            row["state"] = f"failed: {failures[patient.name]}"
+        else:
+            row.update(_result(out / patient.name))
+            short = limits.shortfalls(row)
+            row.update(used=not short, state=f"left out: {'; '.join(short)}")
+        rows.append(row)
+    used = [row for row in rows if row["used"]]
+    splits = split_patients([row["patient"] for row in used if not row["split"]], **split)
+    for row in used:
+        row["state"] = row["split"] = row["split"] or splits[row["patient"]]
+    write_datalist(used, out / "datalist.json", split["seed"])
+    return rows
+
+
+def split_patients(names: Sequence[str], test: float = 0.2, validation: float = 0.0, seed: int = 0) -> dict[str, str]:
+    """A split for each patient, in the order of a hash of seed and name: exact shares, and a patient more moves at most
+    one other across each border."""
+    order = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+    tests, validations = round(test * len(order)), round(validation * len(order))
+    kinds = ["test"] * tests + ["validation"] * validations
+    return dict(zip(order, kinds + ["training"] * (len(order) - len(kinds))))
+
+
+def write_datalist(rows: Sequence[Mapping[str, Any]], path: Path, seed: int) -> None:
+    """A MONAI datalist of the patients in ``rows`` by their ``split``, paths relative to its folder."""
+    content: dict[str, Any] = {
+        "description": "image = MR, label = CT in HU registered to it; paths relative to this file",
+        "modality": {"image": "MR", "label": "CT"},
+        "seed": seed,
+    }
+    for kind in SPLITS:
+        names = [row["patient"] for row in rows if row["split"] == kind]
+        content[kind] = [{"image": f"{n}/image.nii.gz", "label": f"{n}/label.nii.gz", "patient": n} for n in names]
+    write_json(content, path)

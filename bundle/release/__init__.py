@@ -1,0 +1,1 @@
+"""Handing the bundle out: weights, exports, the verified archive."""

@@ -1,0 +1,216 @@
+"""``python -m bundle export OUT``: encoder, denoiser and decoder as ONNX and ``torch.export`` programs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import torch
+from monai.utils import convert_to_tensor
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import _config as fx_config
+
+from bundle.phantom.command import torso_phantom
+from bundle.workflow import inference_workflow
+from custom_modules.errors import InputError
+from custom_modules.files import sha256, writable_or_stop
+from custom_modules.networks.synthesizer import MODALITIES, Synthesizer
+from custom_modules.tiling import pad_to_windows
+
+TOLERANCE = 1e-3  # largest difference from PyTorch, of latents with standard deviation 1 and of images in [-1, 1]
+
+
+class Encoder(nn.Module):
+    """MR (N, 1, D, H, W) in [-1, 1] to the normalised mean of its posterior (N, c, D/f, H/f, W/f)."""
+
+    def __init__(self, network: Synthesizer) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network)
+        del self.network.denoiser, self.network.autoencoder.decoder  # a program carries every weight of its module
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network.encode(image, "MR")
+
+
+class Decoder(nn.Module):
+    """Normalised CT latent (N, c, d, h, w) to the synthetic CT (N, 1, f d, f h, f w) in [-1, 1]."""
+
+    def __init__(self, network: Synthesizer) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network)
+        del self.network.denoiser, self.network.autoencoder.encoder
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.network.decode(latent, "CT")
+
+
+class Denoiser(nn.Module):
+    """CT latent and MR latent, normalised (N, 2 c, d, h, w), and timesteps (N,) to the prediction (N, c, d, h, w)."""
+
+    def __init__(self, network: Synthesizer) -> None:
+        super().__init__()
+        self.denoiser = network.denoiser
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        return self.denoiser(x, timesteps)
+
+
+PARTS = {"encoder": Encoder, "denoiser": Denoiser, "decoder": Decoder}
+OUTPUTS = {"encoder": "latent", "denoiser": "prediction", "decoder": "ct"}
+
+
+def example(part: str, network: Synthesizer) -> tuple[tuple[Tensor, ...], dict[str, dict[int, Any]]]:
+    """Random inputs of ``part`` and which of their axes may change: batch and size, the latter in multiples of what the
+    part divides by, from two of them on. For the denoiser these are the windows of its attention, since a graph knows
+    nothing of windows that the end of a volume cuts."""
+    f, unit, c = network.autoencoder.downsampling, network.downsampling, network.autoencoder.latent_channels
+    unit = {"encoder": unit, "decoder": unit // f, "denoiser": network.denoiser.window}[part]
+    channels = {"encoder": 1, "decoder": c, "denoiser": 2 * c}[part]
+    batch = Dim("batch", min=1)
+    # from 2 on, for a single one is a case apart
+    axes = {n: unit * Dim(axis, min=2) for n, axis in enumerate(("depth", "height", "width"), start=2)}
+    x = torch.randn(2, channels, *[2 * unit] * 3)
+    if part == "denoiser":
+        return (x, torch.tensor([0, 999])), {"x": {0: batch, **axes}, "timesteps": {0: batch}}
+    return (x,), {"image" if part == "encoder" else "latent": {0: batch, **axes}}
+
+
+@torch.no_grad()
+def export_part(part: str, network: Synthesizer) -> ExportedProgram:
+    """``torch.export`` of a part in single precision."""
+    inputs, dynamic = example(part, network)
+    with fx_config.patch(backed_size_oblivious=True):  # else programs refuse a batch of 1 that the example did not have
+        return torch.export.export(PARTS[part](network).eval(), inputs, dynamic_shapes=dynamic)
+
+
+def export(output: str, mr: str | None = None, config: str | Sequence[str] = (), **settings: Any) -> None:
+    """Write ``encoder``, ``denoiser`` and ``decoder``, each as ``.onnx`` and ``.pt2``, and ``export.json``, which says
+    what they were made from and what goes in and out. Each ONNX is compared with PyTorch in ONNX Runtime, on the middle
+    window of an MR as inference prepares it, its latent and the answer, in batches of one and two and in another size.
+
+    Args:
+        output: folder; holds all of them or none.
+        mr: the MR; a phantom when None.
+        config: overlay on configs/inference.yaml for another network.
+        settings: of configs/inference.yaml, such as --checkpoint.
+
+    Raises:
+        InputError: when ONNX is not installed, or an export differs from PyTorch by more than 0.001.
+    """
+    try:
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"{error.name} is not installed; pip install -r requirements.txt") from error
+    for name in ("onnx_ir", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    parser = inference_workflow(config, device="cpu", **settings).parser
+    if not isinstance(parser.get_parsed_content("network_def"), Synthesizer):
+        raise InputError(f"{config}: only 3D-WLDM has an encoder, a denoiser and a decoder")
+    network = parser.get_parsed_content("network").float().eval().requires_grad_(False)
+    checkpoint = Path(parser.get_parsed_content("checkpoint"))
+    folder = Path(writable_or_stop(output))
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export") as scratch:
+        record = {"model_sha256": sha256(checkpoint), **describe(network)}
+        image = parser.get_parsed_content("preprocessing")({"image": str(mr or phantom_mr(Path(scratch)))})["image"]
+        window = middle_window(image, network)
+        for part in PARTS:
+            print(f"{part}: exporting", flush=True)
+            program = export_part(part, network)
+            path = Path(scratch, f"{part}.onnx")
+            torch.export.save(program, path.with_suffix(".pt2"))
+            names = {"output_names": [OUTPUTS[part]]}
+            torch.onnx.export(program, f=str(path), dynamo=True, verbose=False, external_data=False, **names)
+            error = difference(part, path, network, inputs_from(window, part, network))
+            if not error <= TOLERANCE:
+                raise InputError(f"{part}.onnx differs from PyTorch by {error:.2g}; nothing was written")
+            print(f"{part}: differs from PyTorch by {error:.1e} at most")
+            record["parts"][part] = {**signature(path), "largest_difference": error}
+        Path(scratch, "export.json").write_text(json.dumps(record, indent=1) + "\n")
+        Path(scratch, "mr.nii.gz").unlink(missing_ok=True)
+        for path in sorted(Path(scratch).iterdir()):
+            os.replace(path, folder / path.name)
+    print(f"{folder}: {', '.join(f'{part}.onnx, {part}.pt2' for part in PARTS)}, export.json")
+
+
+def phantom_mr(folder: Path) -> str:
+    """The MR of a torso phantom, written to ``folder``."""
+    volume, _, affine = torso_phantom()
+    nib.save(nib.Nifti1Image(volume, affine), folder / "mr.nii.gz")
+    return str(folder / "mr.nii.gz")
+
+
+def middle_window(image: Tensor, network: Synthesizer) -> Tensor:
+    """What is in the middle of an MR (1, D, H, W): (1, 1, d, h, w), of two windows of the denoiser's attention a side."""
+    size = 2 * network.denoiser.window * network.autoencoder.downsampling
+    padded, _ = pad_to_windows(convert_to_tensor(image, track_meta=False)[None], [size] * 3, network.downsampling)
+    starts = [(length - size) // 2 for length in padded.shape[2:]]
+    return padded[(..., *(slice(start, start + size) for start in starts))].contiguous()
+
+
+@torch.no_grad()
+def inputs_from(window: Tensor, part: str, network: Synthesizer) -> list[tuple[Tensor, ...]]:
+    """What the road gives a part for an MR window: one of it, and two of twice the depth."""
+    last = network.schedule.num_train_timesteps - 1
+    z_mr = network.encode(window, "MR")
+    noise = torch.randn(z_mr.shape, generator=torch.Generator().manual_seed(0))
+    x = window
+    if part == "denoiser":
+        x = torch.cat([noise, z_mr], dim=1)
+    if part == "decoder":
+        condition = network.condition(z_mr)
+        x = network.schedule.sample(lambda z, t: network.predict(z, t, condition), noise, 1)
+    long = torch.cat([x, x.flip(2)], dim=2)
+    batches: list[tuple[Tensor, ...]] = [(x,), (torch.cat([long, long.flip(3)]),)]
+    if part == "denoiser":
+        batches = [(*batch, torch.tensor(t)) for batch, t in zip(batches, ([last], [last, last // 2]))]
+    return batches
+
+
+def describe(network: Synthesizer) -> dict[str, Any]:
+    """What a runtime has to know beside the graphs: HU window, the sampler's schedule, the latent scale they hold."""
+    betas = network.schedule.betas
+    return {
+        "hu_window": network.hu_window.tolist(),
+        "downsampling": network.autoencoder.downsampling,
+        "size_unit": network.downsampling,
+        "prediction": network.schedule.prediction,
+        "linear_betas": {"first": float(betas[0]), "last": float(betas[-1]), "timesteps": len(betas)},
+        # the encoder's answers are normalised by the first, the decoder takes latents normalised by the second
+        "latent_mean": dict(zip(MODALITIES, network.latent_mean.tolist())),
+        "latent_std": dict(zip(MODALITIES, network.latent_std.tolist())),
+        "parts": {},
+    }
+
+
+def signature(path: Path) -> dict[str, Any]:
+    """Names and shapes of an ONNX file's inputs and outputs; a free axis is a name or an expression."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return {
+        "inputs": {i.name: {"shape": i.shape, "type": i.type} for i in session.get_inputs()},
+        "outputs": {o.name: {"shape": o.shape, "type": o.type} for o in session.get_outputs()},
+    }
+
+
+@torch.no_grad()
+def difference(part: str, path: Path, network: Synthesizer, batches: Sequence[tuple[Tensor, ...]]) -> float:
+    """Largest absolute difference between ONNX Runtime and PyTorch over ``batches``."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names, reference = [i.name for i in session.get_inputs()], PARTS[part](network)
+    errors = []
+    for inputs in batches:
+        (answer,) = session.run(None, {name: x.contiguous().numpy() for name, x in zip(names, inputs)})
+        errors.append(float((torch.from_numpy(answer) - reference(*inputs)).abs().max()))
+    return max(errors)

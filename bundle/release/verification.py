@@ -1,0 +1,242 @@
+"""What a packaged bundle has to pass, by what it holds alone: run in the unpacked archive, this file imports nothing of
+the repository.
+
+    cd UNPACKED && python -E -P .../bundle/release/verification.py DATA SCRATCH [SCHEMA]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+PARTS = ("LICENSE", "configs", "custom_modules", "docs", "models")
+LIMIT = 25 * 10**6  # bytes; the model zoo takes no larger file
+REQUIRED = (
+    "schema", "version", "changelog", "monai_version", "pytorch_version", "numpy_version", "required_packages_version",
+    "task", "description", "authors", "copyright", "data_source", "intended_use", "eval_metrics",
+)  # fmt: skip
+TENSOR = ("type", "format", "num_channels", "spatial_shape", "dtype", "value_range")
+INFERENCE, METADATA = "configs/inference.yaml", "configs/metadata.json"
+# one step of each stage, with the networks as they are; single precision, for bfloat16 gradients of crops this small
+# can be NaN on CPUs with AMX
+STEP = {
+    "roi_size": [32, 32, 32], "amp": False, "batch_size": 2, "steps_per_epoch": 1, "max_epochs": 1, "val_interval": 1,
+}  # fmt: skip
+STAGES = {
+    "train_autoencoder": {"adversarial_warmup": 0},
+    "train": {"versions": 1, "autoencoder": "train_autoencoder/autoencoder.pt"},
+    "train+finetune": {"versions": 1, "checkpoint": "train/model.pt"},
+}
+WORKFLOWS = ("inference", "train", "train_autoencoder", "train+finetune", "train+evaluate")
+
+
+class Failure(Exception):
+    """A check that the archive does not pass; the message is one line."""
+
+
+def files(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if path.is_file())
+
+
+def check_contents(root: Path) -> str:
+    """The parts of a bundle and nothing else, no file above the model zoo's limit."""
+    parts = sorted(path.name for path in root.iterdir())
+    if parts != sorted(PARTS):
+        raise Failure(f"holds {', '.join(parts)}; it should be {', '.join(PARTS)}")
+    for path in files(root):
+        if path.stat().st_size > LIMIT:
+            size = path.stat().st_size / 1e6
+            raise Failure(f"{path.relative_to(root)} has {size:.1f} MB, the model zoo takes {LIMIT / 1e6:.0f}")
+    return f"{len(files(root))} files, the largest {max(p.stat().st_size for p in files(root)) / 1e6:.1f} MB"
+
+
+def check_weights(root: Path) -> str:
+    """``models/model.pt`` has the SHA-256 beside it, what was measured with it names the same, and no ``.pt`` has a
+    shorter name, which MONAI Label would load in its place."""
+    models = root / "models"
+    digest = hashlib.sha256((models / "model.pt").read_bytes()).hexdigest()
+    recorded = {"models/model.pt.sha256": (models / "model.pt.sha256").read_text().split()[0]}
+    for path in sorted(models.glob("*.json")):
+        recorded[f"models/{path.name}"] = json.loads(path.read_text())["model_sha256"]
+    for name, other in recorded.items():
+        if other != digest:
+            raise Failure(f"models/model.pt has SHA-256 {digest[:12]}..., {name} says {other[:12]}...")
+    for path in models.glob("*.pt"):
+        if path.name != "model.pt" and len(path.name) <= len("model.pt"):
+            raise Failure(f"models/{path.name} is not longer than model.pt: MONAI Label would load it")
+    return f"SHA-256 {digest[:12]}..."
+
+
+def check_metadata(root: Path, schema: Path | None, scratch: Path) -> str:
+    """``metadata.json`` against its schema: ``schema``, or fetched from where the metadata say; where it cannot be
+    fetched the keys that MONAI's schema and the model zoo ask for are looked for, and the answer says so."""
+    from monai.bundle import verify_metadata
+
+    metadata = json.loads((root / METADATA).read_text())
+    missing = [key for key in REQUIRED if key not in metadata]
+    formats = metadata.get("network_data_format", {})
+    for path in (("inputs", "image"), ("outputs", "pred"), ("post_processed_outputs", "pred")):
+        tensor = formats.get(path[0], {}).get(path[1], {})
+        missing += ["#".join(("network_data_format", *path, key)) for key in TENSOR if key not in tensor]
+    if missing:
+        raise Failure(f"configs/metadata.json lacks {', '.join(missing)}")
+    if metadata["version"] not in metadata["changelog"]:
+        raise Failure(f"configs/metadata.json: version {metadata['version']} is not in its changelog")
+    socket.setdefaulttimeout(10)
+    fetched = scratch / "schema.json"
+    try:
+        verify_metadata(meta_file=str(root / METADATA), filepath=str(schema or fetched))
+    except OSError as error:  # urllib's too
+        if schema is None and not fetched.exists():
+            return f"required keys only, its schema was not to be had: {error}"
+        raise
+    finally:
+        socket.setdefaulttimeout(None)
+    return f"by {schema or metadata['schema']}"
+
+
+def check_data_shape() -> str:
+    """``network_def`` answers a tensor of the documented input with one of the documented output."""
+    from monai.bundle import verify_net_in_out
+
+    verify_net_in_out("network_def", meta_file=METADATA, config_file=INFERENCE, device="cpu")
+    return ""
+
+
+def settings_of(name: str, scratch: Path) -> dict[str, Any]:
+    """A stage's own settings, the weights that it starts from among them."""
+    own = STAGES.get(name, {})
+    return {key: str(scratch / value) if str(value).endswith(".pt") else value for key, value in own.items()}
+
+
+def config_files(name: str) -> list[str]:
+    return [f"configs/{part}.yaml" for part in name.split("+")]
+
+
+def check_properties(data: Path, scratch: Path) -> str:
+    """MONAI's property check of every workflow."""
+    from monai.bundle import ConfigWorkflow
+
+    for name in WORKFLOWS:
+        workflow = ConfigWorkflow(
+            config_files(name), METADATA, None, workflow_type="infer" if name == "inference" else "train",
+            dataset_dir=str(data), output_dir=str(scratch / "properties"), device="cpu", **settings_of(name, scratch),
+        )  # fmt: skip
+        workflow.initialize()
+        try:
+            wrong = workflow.check_properties()
+        except (Exception, SystemExit) as error:
+            raise Failure(f"{name}: {error}") from error
+        if wrong:
+            raise Failure(f"{name}: {', '.join(wrong)}")
+    return ", ".join(WORKFLOWS)
+
+
+def run(name: str, output: Path, **settings: Any) -> None:
+    """``monai.bundle run`` of a config, or of overlays joined by ``+``, on the CPU."""
+    import monai.bundle
+
+    monai.bundle.run(config_file=config_files(name), output_dir=str(output), device="$torch.device('cpu')", **settings)
+
+
+def check_inference(data: Path, scratch: Path) -> str:
+    """A phantom with the shipped weights: int16 HU on the grid of the MR."""
+    import nibabel as nib
+    import numpy as np
+
+    mr = json.loads((data / "datalist.json").read_text())["test"][0]["image"]
+    run("inference", scratch / "sct", dataset_dir=str(data / mr))
+    image, sct = nib.load(data / mr), nib.load(next((scratch / "sct").glob("*_sct.nii.gz")))
+    hu = np.asarray(sct.dataobj)
+    if hu.dtype != np.int16 or hu.shape != image.shape or not np.allclose(sct.affine, image.affine):
+        raise Failure(f"a synthetic CT of {hu.dtype}, {hu.shape} for an MR of {image.shape}")
+    if not hu.min() < 0 < hu.max():
+        raise Failure(f"a synthetic CT of {hu.min()} to {hu.max()} HU")
+    return f"{hu.shape}, {hu.min()} to {hu.max()} HU"
+
+
+def check_stage(name: str, data: Path, scratch: Path) -> str:
+    """One step of a training stage: finite, and its weights are there."""
+    run(name, scratch / name, dataset_dir=str(data), **STEP, **settings_of(name, scratch))
+    weights = [path.name for path in (scratch / name).glob("*.pt")]
+    if not {"autoencoder.pt", "model.pt"} & set(weights):
+        raise Failure(f"left no weights, only {weights}")
+    return ""
+
+
+def check_evaluation(data: Path, scratch: Path) -> str:
+    """Scores of a phantom."""
+    run("evaluate", scratch / "scores", dataset_dir=str(data), split="test")
+    return f"{len((scratch / 'scores' / 'metrics.csv').read_text().splitlines()) - 1} rows"
+
+
+def check_loading(root: Path) -> str:
+    """``monai.bundle.load`` gives the network with the weights, from the folder that the archive unpacks to."""
+    import torch
+    from monai.bundle import load
+
+    from custom_modules.networks.synthesizer import Synthesizer
+
+    network = load(root.name, model=Synthesizer(), bundle_dir=str(root.parent), device="cpu")
+    for key, value in torch.load(root / "models" / "model.pt", weights_only=True).items():
+        if not torch.equal(network.state_dict()[key], value.float()):
+            raise Failure(f"{key} is not what models/model.pt holds")
+    return ""
+
+
+def check_alone(root: Path) -> str:
+    """Nothing of the repository has been used."""
+    import custom_modules
+
+    if Path(custom_modules.__file__).parents[1] != root or "bundle" in sys.modules:
+        raise Failure(f"custom_modules came from {custom_modules.__file__}")
+    return ""
+
+
+def checks(root: Path, data: Path, scratch: Path, schema: Path | None) -> dict[str, Callable[[], str]]:
+    """Name to check, the quick ones first."""
+    return {
+        "contents": lambda: check_contents(root),
+        "weights": lambda: check_weights(root),
+        "metadata": lambda: check_metadata(root, schema, scratch),
+        "data shape of network_def": check_data_shape,
+        "load": lambda: check_loading(root),
+        "inference on a phantom": lambda: check_inference(data, scratch),
+        **{f"a step of {name}": lambda name=name: check_stage(name, data, scratch) for name in STAGES},
+        "evaluate": lambda: check_evaluation(data, scratch),
+        "properties": lambda: check_properties(data, scratch),
+        "stands alone": lambda: check_alone(root),
+    }
+
+
+def main(data: str, scratch: str, schema: str | None = None) -> int:
+    """Check the bundle in the working directory; a line a check, and the exit 1 at the first that fails."""
+    root = Path.cwd()
+    sys.path.insert(0, str(root))  # as `python -m monai.bundle` does
+    sys.dont_write_bytecode = True
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    for name, check in checks(root, Path(data), Path(scratch), Path(schema) if schema else None).items():
+        started = time.perf_counter()
+        try:
+            with redirect_stdout(sys.stderr):
+                found = check()
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            reason = " ".join(str(error).split()) or type(error).__name__
+            print(f"failed: {name}: {reason[:400]}", flush=True)
+            return 1
+        print(f"  {name:<28}{time.perf_counter() - started:5.1f} s  {found}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

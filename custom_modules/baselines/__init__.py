@@ -1,0 +1,1 @@
+"""What the compared systems add to the networks of MONAI."""

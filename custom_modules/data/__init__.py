@@ -1,0 +1,1 @@
+"""Volumes in and out, bodies, Hounsfield units, transforms and training pairs."""

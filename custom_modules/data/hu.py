@@ -1,0 +1,33 @@
+"""Hounsfield units: constants, tissue classes, and whether a volume is in them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from custom_modules.errors import InputError
+
+Window = tuple[float, float]
+
+AIR_HU = -1000  # of air; what is written outside the body
+TISSUE_HU = -300.0  # air, lung and bowel gas are below, tissue is above
+BONE_HU = 250.0
+TISSUES: dict[str, Window] = {
+    "air": (-np.inf, TISSUE_HU), "soft": (TISSUE_HU, BONE_HU), "bone": (BONE_HU, np.inf)
+}  # fmt: skip
+
+
+def tissue(ct: np.ndarray, name: str) -> np.ndarray:
+    """Where a CT is ``air`` (to -300 HU), ``soft`` (to 250 HU) or ``bone``."""
+    low, high = TISSUES[name]
+    return (ct > low) & (ct <= high)
+
+
+def check_hu(volume: np.ndarray, name: str) -> None:
+    """Raise InputError unless (D, H, W) can be Hounsfield units: there is air, and what is not air is mostly tissue."""
+    low, high = float(volume.min()), float(volume.max())
+    inside = volume[volume > TISSUE_HU]
+    if low > -150 or high < -150 or high - low < 300 or not -300 <= np.median(inside) <= 700:
+        raise InputError(
+            f"{name}: {low:g} to {high:g} are not Hounsfield units (fat is -100, air -1000); "
+            "apply the rescale slope and intercept"
+        )

@@ -1,0 +1,152 @@
+"""Training pairs: reading and checking a datalist, and batches of different patients."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from monai.data import load_decathlon_datalist
+from tqdm import tqdm
+
+from custom_modules.data.grid import REGISTER, check_same_grid
+from custom_modules.data.hu import check_hu
+from custom_modules.data.volumes import EXTENSIONS, read_volume
+from custom_modules.errors import InputError, stop
+from custom_modules.files import sha256
+from custom_modules.settings import is_on
+
+Pair = dict[str, str]
+
+
+def load_pairs(
+    datalist: str | Path, base_dir: str | Path, splits: Sequence[str] = ("training", "validation")
+) -> dict[str, list[Pair]]:
+    """The pairs of ``splits`` of a MONAI datalist: ``image`` (MR), ``label`` (CT) and ``patient``, which is taken from
+    the datalist or else is the image's file name, or its folder where file names repeat (``<patient>/mr.nii.gz``).
+
+    Raises:
+        InputError: when the datalist is missing, is no JSON, or has no such split, or an entry lacks a key.
+    """
+    if not Path(datalist).is_file():
+        raise InputError(f"{datalist}: no such datalist; give --datalist or --dataset_dir")
+    pairs = {}
+    for split in splits:
+        try:
+            entries = load_decathlon_datalist(str(datalist), True, split, base_dir=str(base_dir))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:  # MONAI looks at the first entry
+            raise InputError(f"{datalist}: has no usable split '{split}' ({error})") from error
+        for number, entry in enumerate(entries):
+            for key in ("image", "label"):
+                if not isinstance(entry.get(key), str):
+                    raise InputError(f"{datalist}: entry {number} of '{split}' has no '{key}' (image = MR, label = CT)")
+        pairs[split] = [dict(entry) for entry in entries]
+    images = {entry["image"] for entries in pairs.values() for entry in entries}
+    by_folder = len({Path(image).name for image in images}) < len(images)
+    for entry in itertools.chain(*pairs.values()):
+        image = Path(entry["image"])
+        stem = next((image.name[: -len(e)] for e in EXTENSIONS if image.name.lower().endswith(e)), image.name)
+        patient = Path(str(entry.get("patient", image.parent.name if by_folder else stem)))
+        root = os.path.normpath(base_dir)  # MONAI takes a name for a path where there is a folder of that name
+        entry["patient"] = str(patient.relative_to(root) if patient.is_relative_to(root) else patient)
+    return pairs
+
+
+
+
+def load_pairs_or_stop(*args: Any, **kwargs: Any) -> dict[str, list[Pair]]:
+    """:func:`load_pairs` for configs: an :class:`InputError` ends the program with its one line."""
+    try:
+        return load_pairs(*args, **kwargs)
+    except InputError as error:
+        stop(str(error))
+
+
+def check_pairs_or_stop(pairs: Mapping[str, Sequence[Pair]], batch_size: int, check_data: bool | str = True) -> str:
+    """End the program with a list of what is wrong with ``pairs``, by file, before any training.
+
+    Every volume is read once: each must be readable, MR and CT of a pair on one grid, the CT in HU, the MR not a CT;
+    no patient (by name in the datalist, file or content) may be in two splits, and the training split must fill a batch.
+
+    Args:
+        batch_size: different patients that a batch needs.
+        check_data: False looks at the datalist only, for large cohorts that have been checked before.
+
+    Returns:
+        SHA-256 over all files, the fingerprint of the data; of their names where ``check_data`` is off.
+    """
+    items = [(split, pair) for split, entries in pairs.items() for pair in entries]
+    problems = [f"split '{split}' is empty" for split, entries in pairs.items() if not entries]
+    patients = len({pair["image"] for pair in pairs["training"]})
+    if pairs["training"] and patients < batch_size:
+        problems.append(f"a batch needs {batch_size} different patients, the training split has {patients}")
+    digests: list[str] = [""] * len(items)
+    if is_on(check_data):
+        with ThreadPoolExecutor(4) as pool:
+            results = pool.map(lambda item: _inspect(item[1]), items)
+            for n, (found, digest) in enumerate(tqdm(results, desc="checking", total=len(items), unit="pair")):
+                problems += found
+                digests[n] = digest
+    problems += _shared_patients(items, digests)
+    if problems:
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        stop("the data cannot be trained on:\n" + "\n".join(f"  {p}" for p in problems[:20]) + more)
+    names = [digest or pair["image"] + pair["label"] for digest, (_, pair) in zip(digests, items)]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def _shared_patients(items: Sequence[tuple[str, Pair]], digests: Sequence[str]) -> list[str]:
+    """A message for each pair whose patient, file or content is in another split too."""
+    owner: dict[str, tuple[str, str]] = {}
+    problems = []
+    for (split, pair), digest in zip(items, digests):
+        marks = {pair["patient"], *(str(Path(pair[key]).resolve()) for key in ("image", "label")), *digest.split()}
+        for mark in sorted(marks - {""}):
+            other, image = owner.setdefault(mark, (split, pair["image"]))
+            if other != split:
+                problems.append(f"{pair['image']}: the same patient as {image}, once in '{other}' and once in '{split}'")
+                break
+    return problems
+
+
+def _inspect(pair: Pair) -> tuple[list[str], str]:
+    """What is wrong with a pair, and the SHA-256 of its two files."""
+    volumes, digests = {}, []
+    for key in ("image", "label"):
+        try:
+            volumes[key] = read_volume(pair[key])
+        except InputError as error:
+            return [str(error)], ""
+        path = Path(pair[key])
+        digests.append(sha256(path))
+    return _problems(volumes["image"], volumes["label"], pair), " ".join(digests)
+
+
+def _problems(mr: Any, ct: Any, pair: Pair) -> list[str]:
+    try:
+        check_same_grid(ct, mr, REGISTER)
+    except InputError as error:
+        return [str(error)]
+    mr_is_ct = float(mr.min()) < -0.2 * float(np.percentile(np.asarray(mr), 99))
+    try:
+        check_hu(np.asarray(ct), pair["label"])
+        not_hu = ""
+    except InputError as error:
+        not_hu = str(error)
+    if mr_is_ct and not_hu:
+        return [f"{pair['image']} and {pair['label']}: MR and CT are swapped; image is the MR, label the CT"]
+    problems = [not_hu] if not_hu else []
+    if mr_is_ct:
+        problems.append(f"{pair['image']}: goes down to {float(mr.min()):g} as a CT does; image must be the MR")
+    return problems
+
+
+
+
+
+

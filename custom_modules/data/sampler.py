@@ -1,0 +1,91 @@
+"""Batches of different patients, every draw a function of its place in the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.transforms import Randomizable
+from torch.utils.data import Dataset, Sampler
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed of 32 bits for a tuple of counters, such as (seed, step, position): every draw of a run is a function of
+    where it stands in the run, so that a resumed run draws what the uninterrupted one would have drawn."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+class SeededDataset(Dataset):
+    """Another dataset's items, each drawn with its own seed: the key is (index, seed).
+
+    Args:
+        dataset: with a random ``transform``, or itself :class:`~monai.transforms.Randomizable`.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.random = dataset if isinstance(dataset, Randomizable) else dataset.transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        index, seed = key
+        self.random.set_random_state(seed)
+        return self.dataset[index]
+
+
+class DistinctPatientSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of different patients as (index, seed) keys of a :class:`SeededDataset`; larger volumes come more often
+    (the square root of their voxels).
+
+    A batch is a function of its number in the run, so that a run resumes anywhere: set ``start``. Batches that make up
+    one optimiser step (``accumulation`` in turn, one a rank) share no patient as long as there are enough.
+
+    Args:
+        sizes: gives the voxels of each patient's volume, in the dataset's order; asked when an epoch starts.
+        batch_size: patients a batch, at least 2 where the disentanglement loss is used.
+        batches: batches of this rank an epoch.
+        accumulation: batches of a rank that make up one optimiser step.
+        rank, world_size: of this process.
+
+    Raises:
+        ValueError: when there are fewer patients than a batch needs.
+    """
+
+    def __init__(
+        self,
+        sizes: Callable[[], Sequence[int]],
+        batch_size: int,
+        batches: int,
+        seed: int = 0,
+        accumulation: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.sizes, self.batch_size, self.batches, self.seed = sizes, batch_size, batches, seed
+        self.rank, self.world_size, self.group, self.start = rank, world_size, world_size * accumulation, 0
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        weights = torch.tensor(self.sizes(), dtype=torch.float64).sqrt()
+        if len(weights) < self.batch_size:
+            raise ValueError(f"a batch needs {self.batch_size} different patients, the datalist has {len(weights)}")
+        first, self.start = self.start, (self.start // self.batches + 1) * self.batches
+        for iteration in range(first, self.start):
+            yield self._batch(iteration * self.world_size + self.rank, weights)
+
+    def _batch(self, number: int, weights: torch.Tensor) -> list[tuple[int, int]]:
+        step, part = divmod(number, self.group)
+        size = self.batch_size
+        if size * self.group <= len(weights):
+            generator = torch.Generator().manual_seed(seed_of(self.seed, step))
+            patients = torch.multinomial(weights, size * self.group, generator=generator)[part * size :][:size]
+        else:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, step, part))
+            patients = torch.multinomial(weights, size, generator=generator)
+        return [(int(patient), seed_of(self.seed, number, n)) for n, patient in enumerate(patients)]

@@ -1,0 +1,1 @@
+"""Scores of synthetic CTs: metrics, uncertainty, organs, a whole split."""

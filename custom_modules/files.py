@@ -1,0 +1,93 @@
+"""Files and folders: written whole or not at all, hashed, and checked before they are needed."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from custom_modules.errors import stop
+
+PARTIAL = ".partial-"  # prefix of a file that is being written; hidden, so that nobody takes it for a result
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; on success it is renamed to ``path``, otherwise it is removed.
+
+    The temporary file lies in the same folder, so that the rename is atomic, and keeps the extension, because writers of
+    images choose the format by it. Temporary files that dead processes left for the same ``path`` are removed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    extension = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+    name = f"{zlib.crc32(path.name.encode()):08x}{extension}"  # shorter than the name, which may be as long as allowed
+    for left in path.parent.glob(f"{PARTIAL}*-{glob.escape(name)}"):
+        if not _is_running(left.name.removeprefix(PARTIAL).split("-", 1)[0]):
+            left.unlink(missing_ok=True)
+    temporary = path.with_name(f"{PARTIAL}{os.getpid()}-{name}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _is_running(pid: str) -> bool:
+    import psutil
+
+    return pid.isdigit() and psutil.pid_exists(int(pid))
+
+
+def write_text(text: str, path: str | Path) -> None:
+    """Write ``text`` as UTF-8 with :func:`atomic_write`."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(content: Any, path: str | Path) -> None:
+    """Write JSON with :func:`atomic_write`; NaN becomes null and infinity ``"inf"``, since JSON has neither."""
+    write_text(json.dumps(to_plain(content), indent=1, allow_nan=False) + "\n", path)
+
+
+def to_plain(value: Any) -> Any:
+    """``value`` as JSON can hold it; objects of other types become text."""
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file, or of all files of a folder in the order of their names (a DICOM series)."""
+    path = Path(path)
+    digest = hashlib.sha256()
+    for file in sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]:
+        with file.open("rb") as stream:
+            while block := stream.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def writable_or_stop(path: str | Path) -> str:
+    """Make the folder ``path`` and write a probe file to it; end the program with one line where that fails."""
+    probe = Path(path) / f"{PARTIAL}{os.getpid()}-probe"
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        stop(f"{path}: cannot write there ({error.strerror})")
+    return str(path)

@@ -1,0 +1,211 @@
+"""Does this MR look like those that the weights have learned from? A check before synthesis, with reasons."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from scipy import ndimage
+from scipy.stats import wasserstein_distance
+from torch import nn
+
+from custom_modules.errors import InputError
+from custom_modules.files import sha256
+from custom_modules.tiling import pad_to_windows
+
+logger = logging.getLogger(__name__)
+
+HISTOGRAM = np.linspace(-1, 1, 33)  # bin edges, normalised MR
+CROP = 64  # voxels a side of what the autoencoder reconstructs
+MARGIN = 6.0  # mm by which BodyMaskd widens the body
+SD_FLOOR = 0.05  # of the mean: what is equal in all training patients, the spacing, may still differ by a little
+LIMIT = 3.0  # standard deviations from the training patients
+
+# measure: unit, and whether it is an error, of which only more is odd; the others are compared by their logarithm
+MEASURES = {
+    "finest spacing": ("mm", False),
+    "coarsest spacing": ("mm", False),
+    "field of view, left to right": ("mm", False),
+    "field of view, back to front": ("mm", False),
+    "field of view, foot to head": ("mm", False),
+    "body fraction": ("", False),
+    "distance of the intensity histogram": ("", True),
+    "detail, foot to head over in-plane": ("", False),
+    "detail, left to right over back to front": ("", False),
+    "reconstruction error": ("", True),
+}
+
+
+def measure(batch: Mapping[str, Any], reference: Sequence[float] | None, network: nn.Module | None) -> dict[str, float]:
+    """What the guard looks at, all positive: a key of :data:`MEASURES` to its value.
+
+    Args:
+        batch: ``image``, the MR (1, 1, D, H, W) in [-1, 1] on the grid of the networks with the grid it was read on in
+            its meta data, and ``body`` of the same shape.
+        reference: the training set's histogram; that measure is left out when None.
+        network: with an autoencoder; what needs one is left out otherwise.
+    """
+    image, body = (np.asarray(batch[key])[0, 0] for key in ("image", "body"))
+    affine, shape = (np.asarray(batch["image"].meta[key]).reshape(s) for key, s in _SOURCE)
+    grid = np.linalg.norm(_first(batch["image"].affine)[:3, :3], axis=0)
+    inside = _without_margin(body > 0.5, grid)
+    extent = nib.affines.voxel_sizes(affine) * shape
+    right, front, head = extent[np.argsort(nib.io_orientation(affine)[:, 0])]
+    detail = [_detail(image, inside, axis) for axis in range(3)]
+    values = [
+        nib.affines.voxel_sizes(affine).min(),
+        nib.affines.voxel_sizes(affine).max(),
+        right, front, head,
+        max(inside.sum(), 1) * grid.prod() / extent.prod(),
+        None if reference is None else histogram_distance(histogram(image, inside), reference),
+        2 * detail[2] / (detail[0] + detail[1]),
+        detail[0] / detail[1],
+        _reconstruction_error(image, inside, network) if hasattr(network, "autoencoder") else None,
+    ]  # fmt: skip
+    return {name: float(value) for name, value in zip(MEASURES, values) if value is not None}
+
+
+_SOURCE = (("source_affine", (4, 4)), ("source_shape", (3,)))
+
+
+def _first(affine: Any) -> np.ndarray:
+    return np.asarray(affine).reshape(-1, 4, 4)[0]
+
+
+def _without_margin(body: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """The body less the margin that the mask was widened by; all of it where nothing else would stay."""
+    if body.all():
+        return body
+    inside = ndimage.distance_transform_edt(body, sampling=spacing) > MARGIN
+    return inside if inside.any() else body
+
+
+def histogram(image: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Shares of normalised MR intensities inside the body."""
+    return np.histogram(image[inside], HISTOGRAM)[0] / max(inside.sum(), 1)
+
+
+def histogram_distance(shares: Sequence[float], reference: Sequence[float]) -> float:
+    """Earth mover's distance of two histograms, in units of the normalised MR."""
+    centres = (HISTOGRAM[1:] + HISTOGRAM[:-1]) / 2
+    return float(wasserstein_distance(centres, centres, shares, reference))
+
+
+def _detail(image: np.ndarray, inside: np.ndarray, axis: int) -> float:
+    """Mean absolute difference of neighbours along an axis, in the body."""
+    if image.shape[axis] < 2:
+        return 1e-6
+    difference = np.abs(np.diff(image, axis=axis))
+    both = np.delete(inside, 0, axis) & np.delete(inside, -1, axis)
+    return float(difference[both].mean()) + 1e-6 if both.any() else 1e-6
+
+
+@torch.inference_mode()
+def _reconstruction_error(image: np.ndarray, inside: np.ndarray, network: nn.Module) -> float:
+    """Mean absolute error in the body of the autoencoder's reconstruction of the middle of the MR."""
+    centre = np.round(np.mean(np.argwhere(inside), axis=0)).astype(int)
+    starts = [int(np.clip(c - CROP // 2, 0, max(n - CROP, 0))) for c, n in zip(centre, image.shape)]
+    crop = tuple(slice(s, s + CROP) for s in starts)
+    x = torch.from_numpy(np.ascontiguousarray(image[crop], dtype=np.float32))[None, None]
+    x = x.to(network.latent_mean.device)
+    padded, back = pad_to_windows(x, (1, 1, 1), network.autoencoder.downsampling)
+    network.eval()
+    again = network.decode(network.encode(padded, "MR"), "MR")[back]
+    error = (again - x).abs()[0, 0].float().cpu().numpy()
+    return float(error[inside[crop]].mean()) if inside[crop].any() else float(error.mean())
+
+
+def fit(batches: Sequence[Mapping[str, Any]], network: nn.Module) -> dict[str, Any]:
+    """Statistics of the training MRs: the mean histogram, and for each measure its range, and mean and SD on the scale
+    it is compared on.
+
+    The distance of each histogram is taken to the mean of the others, as a new patient's is.
+    """
+    found = [measure(batch, None, network) for batch in batches]
+    shares = []
+    for batch in batches:
+        image, body = (np.asarray(batch[key])[0, 0] for key in ("image", "body"))
+        grid = np.linalg.norm(_first(batch["image"].affine)[:3, :3], axis=0)
+        shares.append(histogram(image, _without_margin(body > 0.5, grid)))
+    for number, values in enumerate(found):
+        others = np.mean(shares[:number] + shares[number + 1 :], axis=0)
+        values["distance of the intensity histogram"] = histogram_distance(shares[number], others)
+    measures = {}
+    for name in (n for n in MEASURES if n in found[0]):
+        values = np.array([each[name] for each in found])
+        scaled = _scaled(name, values)
+        floor = SD_FLOOR * (scaled.mean() if MEASURES[name][1] else 1)
+        measures[name] = {
+            "low": float(values.min()), "high": float(values.max()),
+            "mean": float(scaled.mean()), "sd": float(max(scaled.std(ddof=1), floor)),
+        }  # fmt: skip
+    return {"patients": len(found), "histogram": np.mean(shares, axis=0).tolist(), "measures": measures}
+
+
+def _scaled(name: str, value: Any) -> Any:
+    return value if MEASURES[name][1] else np.log(value)
+
+
+def deviations(values: Mapping[str, float], statistics: Mapping[str, Any]) -> dict[str, float]:
+    """How far each measure is from the training patients, in their standard deviations; less is no deviation where only
+    more is odd."""
+    result = {}
+    for name, value in values.items():
+        known = statistics["measures"].get(name)
+        if known is not None:
+            z = (_scaled(name, value) - known["mean"]) / known["sd"]
+            result[name] = float(max(z, 0) if MEASURES[name][1] else abs(z))
+    return result
+
+
+class Guard:
+    """Compares an MR with the training set before synthesis; says which measure is outside, and by how much.
+
+    Args:
+        statistics: JSON of ``python -m bundle guard``; None or a missing file turns the guard off, and the log says so.
+        checkpoint: weights in use; with others than those of the statistics nothing is said about reconstruction.
+        strict: an MR that is outside is an error.
+        limit: standard deviations that count as outside.
+    """
+
+    def __init__(
+        self, statistics: str | Path | None, checkpoint: str | Path, strict: bool = False, limit: float = LIMIT
+    ) -> None:
+        self.strict, self.limit, self.statistics = strict, limit, None
+        if statistics and Path(statistics).is_file():
+            self.statistics = json.loads(Path(statistics).read_text())
+            same = Path(checkpoint).is_file() and self.statistics.get("model_sha256") == sha256(checkpoint)
+            if not same:
+                self.statistics["measures"].pop("reconstruction error", None)
+        elif statistics:
+            logger.warning("inputs are not checked: no %s", statistics)
+
+    def __call__(self, batch: Mapping[str, Any], network: nn.Module | None) -> dict[str, Any] | None:
+        """``warnings`` (one line each), ``score`` (the largest deviation), ``deviations`` and ``measures``.
+
+        Raises:
+            InputError: when ``strict`` and there is a warning.
+        """
+        if self.statistics is None:
+            return None
+        wanted = network if "reconstruction error" in self.statistics["measures"] else None
+        values = measure(batch, self.statistics["histogram"], wanted)
+        off = deviations(values, self.statistics)
+        warnings = [self._sentence(name, values[name], off[name]) for name in off if off[name] > self.limit]
+        if warnings and self.strict:
+            raise InputError("not like the training MRs: " + "; ".join(warnings))
+        name = np.ravel(batch["image"].meta["filename_or_obj"])[0]
+        for warning in warnings:
+            logger.warning("%s: not like the training MRs: %s", name, warning)
+        return {"warnings": warnings, "score": max(off.values(), default=0.0), "deviations": off, "measures": values}
+
+    def _sentence(self, name: str, value: float, deviation: float) -> str:
+        known, unit = self.statistics["measures"][name], MEASURES[name][0]
+        span = f"{known['low']:.3g} to {known['high']:.3g}"
+        return f"{name} is {value:.3g}{unit and ' ' + unit}, in training {span} ({deviation:.1f} SD away)"

@@ -1,0 +1,135 @@
+"""A folder of volumes as a pipeline: the next is read and the last one written while the network works on one; shared
+out among processes, and restartable."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed
+from ignite.engine import Events
+from monai.data import Dataset, list_data_collate
+from monai.engines import SupervisedEvaluator
+
+from custom_modules.errors import one_line, stop
+from custom_modules.settings import is_on
+
+logger = logging.getLogger(__name__)
+
+
+class VolumeDataset(Dataset):
+    """Dataset whose broken items come out as ``{"image": path, "failure": message}`` instead of stopping the rest.
+
+    Args:
+        data: all volumes, see :func:`~custom_modules.data.inputs.find_volumes`.
+        transform: of each.
+        rank, world_size: of this process, among those that share the volumes out; each takes every ``world_size``-th.
+        resume: leave out the items of which ``is_finished`` says that their synthetic CT is there already.
+    """
+
+    def __init__(
+        self, data: Sequence[dict[str, str]], transform: Callable, rank: int = 0, world_size: int = 1,
+        resume: bool | str = False, is_finished: Callable[[Mapping[str, str]], bool] | None = None,
+    ) -> None:  # fmt: skip
+        mine = list(data)[rank::world_size]
+        left = [item for item in mine if not is_finished(item)] if is_on(resume) and is_finished else mine
+        if len(left) < len(mine):
+            logger.info("%d of %d volumes are finished and left as they are", len(mine) - len(left), len(mine))
+        super().__init__(left, transform)
+
+    def __getitem__(self, index: int) -> dict[Hashable, Any]:
+        item = self.data[index]
+        try:
+            return super().__getitem__(index)
+        except Exception as error:
+            return {"image": item["image"], "failure": one_line(error, item["image"])}
+
+
+def collate(items: Sequence[dict[Hashable, Any]]) -> Any:
+    """A batch of one volume; a failure passes as it is."""
+    return items[0] if "failure" in items[0] else list_data_collate(items)
+
+
+class SynthesisEvaluator(SupervisedEvaluator):
+    """Evaluator that goes on after a volume that fails and lists the failures at the end, and that resamples and writes
+    a synthetic CT while the next one is computed. Volumes stay in main memory; the inferer moves what it computes.
+
+    Args:
+        postprocessing: from the network's answer to the files.
+        guard: looks at each batch before synthesis (:class:`~custom_modules.inference.guard.Guard`).
+        sidecar: writes the record of each synthesis (:class:`~custom_modules.inference.sidecar.Sidecar`), after its files.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        postprocessing: Callable | None = None,
+        guard: Callable | None = None,
+        sidecar: Callable | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.finish, self.guard, self.sidecar = postprocessing, guard, sidecar
+        self.failures: list[str] = []
+        self.started = time.perf_counter()
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="writing")
+        self.pending: Future | None = None
+        self.add_event_handler(Events.GET_BATCH_STARTED, self._start_clock)
+        self.add_event_handler(Events.COMPLETED, self._wait)
+
+    def _start_clock(self) -> None:
+        self.started = time.perf_counter()
+
+    def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict:
+        if "failure" in batchdata:
+            return self._fail(batchdata["failure"])
+        name = batchdata["image"].meta["filename_or_obj"]
+        name = name if isinstance(name, str) else name[0]
+        try:
+            findings = self.guard(batchdata, engine.network) if self.guard else None
+            answer = super()._iteration(engine, batchdata)
+        except Exception as error:
+            return self._fail(one_line(error, name))
+        self._wait()  # no more than one volume waits to be written
+        item = {**engine.state.batch[0], "pred": answer[0]["pred"]}  # as MONAI has decollated them
+        self.pending = self.pool.submit(self._write, name, item, findings, self.started)
+        return answer
+
+    def _write(self, name: str, item: dict[str, Any], findings: Any, started: float) -> None:
+        try:
+            if self.finish:
+                self.finish(item)
+            if self.sidecar:
+                self.sidecar(name, item["output"], findings, time.perf_counter() - started)
+        except Exception as error:
+            self._fail(one_line(error, name))
+
+    def _wait(self) -> None:
+        if self.pending:
+            self.pending.result()
+            self.pending = None
+
+    def _fail(self, failure: str) -> dict:
+        self.failures.append(failure)
+        logger.error(failure)
+        return {}
+
+    def exit_on_failures(self) -> None:
+        """End the program with the list of what failed, if anything did."""
+        wait_for_all()
+        if self.failures:
+            total = self.state.epoch_length
+            stop(f"{len(self.failures)} of {total} volumes failed:\n" + "\n".join(f"  {f}" for f in self.failures))
+
+
+def wait_for_all() -> None:
+    """Wait for the other processes of ``torchrun``, which would end them all as soon as one exits with a failure."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,77 @@
+"""The record beside each synthetic CT: of what it was made, by which weights and settings, and how long it took."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import monai
+import torch
+
+from custom_modules.data.volumes import beside
+from custom_modules.files import _plain, sha256, write_json
+from custom_modules.memory import peak_memory_gib
+
+
+class Sidecar:
+    """Writes ``a_sct.json`` beside ``a_sct.nii.gz``.
+
+    Args:
+        output_dir: of the synthetic CTs.
+        checkpoint: the weights.
+        version: of the bundle.
+        device: whose memory counts.
+        settings: of the synthesis, such as seed, steps and HU window.
+        calibration: of the standard deviation, where samples have one.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        checkpoint: str | Path,
+        version: str,
+        device: torch.device | str,
+        settings: Mapping[str, Any],
+        calibration: Any = None,
+    ) -> None:
+        self.output_dir, self.checkpoint, self.version, self.device = Path(output_dir), checkpoint, version, device
+        self.settings, self.calibration = settings, calibration
+
+    @cached_property
+    def model_sha256(self) -> str | None:
+        return sha256(self.checkpoint) if Path(self.checkpoint).is_file() else None
+
+    def is_finished(self, item: Mapping[str, str]) -> bool:
+        """Whether the record beside ``item["output"]`` tells of the very file ``item["image"]``, these weights and these
+        settings."""
+        target = self.output_dir / item["output"]
+        record = beside(target, "", ".json")
+        if not (target.is_file() and record.is_file()):
+            return False
+        made = {"input_sha256": sha256(item["image"]), **self._of_all()}
+        found = json.loads(record.read_text())
+        return all(found.get(name) == value for name, value in _plain(made).items())
+
+    def _of_all(self) -> dict[str, Any]:
+        return {"model_sha256": self.model_sha256, "version": self.version, "settings": dict(self.settings)}
+
+    def __call__(self, image: str, output: str, guard: Mapping[str, Any] | None, seconds: float) -> None:
+        """Record the synthesis of ``output`` (below the output folder) from the file or folder ``image``."""
+        sampled = self.settings.get("num_samples", 1) > 1 and self.calibration
+        record = {
+            "input": str(Path(image).resolve()),
+            "input_sha256": sha256(image),
+            "output": Path(output).name,
+            **self._of_all(),
+            "sd_scale": self.calibration.scale if sampled else None,
+            "guard": guard,
+            "time_s": round(seconds, 2),
+            "peak_memory_gib": round(peak_memory_gib(self.device), 2),
+            "device": str(self.device),
+            "software": {"python": platform.python_version(), "torch": torch.__version__, "monai": monai.__version__},
+        }
+        write_json(record, beside(self.output_dir / output, "", ".json"))

@@ -1,0 +1,129 @@
+"""Building blocks shared by the autoencoder and the denoiser.
+
+No block uses spatial statistics: what a voxel becomes depends on its receptive field only, so a volume
+computed in tiles equals the whole one up to that field.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from custom_modules.networks.wavelets import BANDS, WaveletTransform3d
+
+
+class ChannelRMSNorm(nn.RMSNorm):
+    """Root-mean-square norm over the channels of each voxel of (N, C, D, H, W) (Zhang and Sennrich 2019)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.movedim(1, -1).to(self.weight.dtype)
+        # on CPU faster than ``F.rms_norm``, which writes the squares out first (benchmarks/blocks.py)
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+        return (x * (square + torch.finfo(x.dtype).eps).rsqrt() * self.weight).movedim(-1, 1)
+
+
+class _DepthwiseConvolution(torch.autograd.Function):
+    """``conv3d(groups=channels)`` whose input gradient is again a depthwise convolution, with the flipped kernel:
+    on CPU faster than the transposed convolution that PyTorch takes for it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.conv3d(x, weight, bias, padding="same", groups=len(weight))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last_3d)
+        grad_x = F.conv3d(grad, weight.flip(2, 3, 4), padding="same", groups=len(weight))
+        _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad, x, weight, [len(weight)], [1] * 3, [weight.shape[-1] // 2] * 3, [1] * 3, False, [0] * 3,
+            len(weight), [False, True, True],
+        )  # fmt: skip
+        return grad_x, grad_weight, grad_bias
+
+
+class DepthwiseConv3d(nn.Conv3d):
+    """Group-wise convolution with one group a channel; the size is kept. Single precision on CPU, where the
+    reduced one is slower."""
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        super().__init__(channels, channels, kernel_size, padding="same", groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            x = x.float().contiguous(memory_format=torch.channels_last_3d)
+            if torch.is_grad_enabled():
+                return _DepthwiseConvolution.apply(x, self.weight, self.bias)
+            return super().forward(x)
+
+
+class WaveletResidualModule(nn.Module):
+    """Wavelet Residual Module (Fig. 2), (N, C, D, H, W) to the same shape, any size.
+
+    Primary stream: ``x`` + point-wise(group-wise(x)). High stream: H1' = group-wise(H1). Low stream:
+    L1' = group-wise(L1), and L1'' = IWT(group-wise(WT(L1))). IWT(L1' + L1'', H1') joins the primary stream,
+    and a point-wise convolution gives the output.
+
+    Args:
+        channels: C.
+        kernel_size: of the group-wise convolutions, odd.
+        wavelet: see :class:`~custom_modules.networks.wavelets.WaveletTransform3d`.
+        branch_scale: what the wavelet branch is multiplied by at first (learned, one a channel), so that a
+            fresh module is close to its primary stream.
+    """
+
+    def __init__(self, channels: int, kernel_size: int = 3, wavelet: str = "haar", branch_scale: float = 0.1) -> None:
+        super().__init__()
+        self.transform = WaveletTransform3d(wavelet)
+        self.primary = nn.Sequential(DepthwiseConv3d(channels, kernel_size), nn.Conv3d(channels, channels, 1))
+        self.level1 = DepthwiseConv3d(BANDS * channels, kernel_size)
+        self.level2 = DepthwiseConv3d(BANDS * channels, kernel_size)
+        self.scale = nn.Parameter(torch.full((1, channels, 1, 1, 1), branch_scale))
+        self.out = nn.Conv3d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = x.shape[1]
+        bands1 = self.transform(x)
+        low1, (_, _, *size1) = bands1[:, :channels], bands1.shape
+        low1_deeper = self.transform.inverse(self.level2(self.transform(low1)), size1)  # L1''
+        bands1 = self.level1(bands1)  # L1', H1'
+        bands1 = torch.cat([bands1[:, :channels] + low1_deeper, bands1[:, channels:]], dim=1)
+        enhanced = self.transform.inverse(bands1, x.shape[2:])
+        del bands1, low1, low1_deeper  # the peak of memory is here
+        return self.out(torch.addcmul(x + self.primary(x), self.scale, enhanced))
+
+
+class ResidualBlock(nn.Module):
+    """Pre-activation residual block (norm, SiLU, convolution, twice), with an optional embedding of the timestep
+    that scales and shifts in the middle (Dhariwal and Nichol 2021). (N, C_in, D, H, W) to (N, C_out, D, H, W).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, embedding_channels: int | None = None) -> None:
+        super().__init__()
+        self.norm1 = ChannelRMSNorm(in_channels)
+        self.conv1 = nn.Conv3d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = ChannelRMSNorm(out_channels)
+        self.conv2: nn.Module = nn.Conv3d(out_channels, out_channels, 3, padding=1)
+        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv3d(in_channels, out_channels, 1)
+        self.embedding = nn.Linear(embedding_channels, 2 * out_channels) if embedding_channels else None
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        h = self.norm2(self.conv1(F.silu(self.norm1(x))))
+        if self.embedding is not None:
+            scale, shift = self.embedding(F.silu(embedding))[:, :, None, None, None].chunk(2, dim=1)
+            h = h * (1 + scale) + shift
+        return self.skip(x) + self.conv2(F.silu(h))
+
+
+class WaveletBlock(ResidualBlock):
+    """The residual block of the autoencoder with the Wavelet Residual Module as its second layer (Fig. 1)."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, wavelet: str = "haar") -> None:
+        super().__init__(in_channels, out_channels)
+        self.conv2 = WaveletResidualModule(out_channels, kernel_size, wavelet)

@@ -1,0 +1,54 @@
+"""Latent Structure-Modality Disentanglement (section III.B): the loss on pairs of patients."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from custom_modules.networks.autoencoder import WaveletAutoencoderKL
+
+
+class Cosines(NamedTuple):
+    """Eqs. 3 to 6, each a sum of two cosines in [-2, 2], averaged over the batch."""
+
+    structure_pair: Tensor
+    structure_unpaired: Tensor
+    modality_pair: Tensor
+    modality_unpaired: Tensor
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    return F.cosine_similarity(a.flatten(1), b.flatten(1), dim=1)
+
+
+def latent_cosines(z_mr: Tensor, z_ct: Tensor) -> Cosines:
+    """Cosines between the halves of the latents of several patients (Eqs. 3 to 6).
+
+    Args:
+        z_mr: (N, c, d, h, w), one patient a row.
+        z_ct: the same patients' CT latents. The other patient of row n is row n + 1, cyclically.
+
+    Raises:
+        ValueError: for fewer than two patients: unpaired cosines are then not defined.
+    """
+    if len(z_mr) < 2:
+        raise ValueError("disentanglement needs at least two different patients in a batch, got one")
+    s_mr, m_mr = WaveletAutoencoderKL.split(z_mr)
+    s_ct, m_ct = WaveletAutoencoderKL.split(z_ct)
+
+    def pair(ct: Tensor, mr: Tensor) -> Tensor:
+        return 2 * _cosine(ct, mr).mean()
+
+    def unpaired(ct: Tensor, mr: Tensor) -> Tensor:
+        return (_cosine(ct, ct.roll(-1, 0)) + _cosine(mr, mr.roll(-1, 0))).mean()
+
+    return Cosines(pair(s_ct, s_mr), unpaired(s_ct, s_mr), pair(m_ct, m_mr), unpaired(m_ct, m_mr))
+
+
+def disentanglement_loss(cosines: Cosines) -> Tensor:
+    """L_D = L_stru + L_modal (Eqs. 1, 2 and 7), in [-8, 8]."""
+    structure = -cosines.structure_pair + cosines.structure_unpaired
+    modality = cosines.modality_pair - cosines.modality_unpaired
+    return structure + modality

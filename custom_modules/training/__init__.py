@@ -1,0 +1,1 @@
+"""What the training configs name: batches, losses, handlers and the run on disk."""

@@ -1,0 +1,136 @@
+"""What the training stages feed their networks: latents of whole volumes, and a batch as each loss wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.engines import DiffusionPrepareBatch, PrepareBatch
+from monai.inferers import Inferer, sliding_window_inference
+from monai.utils import convert_to_tensor
+from torch import Tensor, nn
+
+from custom_modules.networks.autoencoder import WaveletAutoencoderKL
+from custom_modules.networks.schedule import DDIMSchedule
+from custom_modules.networks.synthesizer import Synthesizer
+from custom_modules.tiling import pad_to_windows
+from custom_modules.training.losses import has_both
+
+
+class AutocastInferer(Inferer):
+    """Run another inferer in bfloat16 autocast on whatever device the network is."""
+
+    def __init__(self, inferer: Callable[..., Any], enabled: bool = True) -> None:
+        super().__init__()
+        self.inferer, self.enabled = inferer, enabled
+
+    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        device = next(network.parameters(), inputs).device
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.enabled):
+            return self.inferer(inputs, network, *args, **kwargs)
+
+
+def _as_tensor(batchdata: Mapping[str, Tensor], key: str, device: Any, non_blocking: bool) -> Tensor:
+    return convert_to_tensor(batchdata[key].to(device, non_blocking=non_blocking), track_meta=False)
+
+
+class PairPrepareBatch(PrepareBatch):
+    """Stage 1: MR and CT of several patients stacked to one batch, which is its own target."""
+
+    def __call__(
+        self, batchdata: Mapping[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        pair = torch.cat([_as_tensor(batchdata, key, device, non_blocking) for key in ("image", "label")])
+        return pair, pair
+
+
+class ReconstructionPrepareBatch(PrepareBatch):
+    """Stage 1's validation: the CT as input, and as target the CT with the voxels that count as a second channel."""
+
+    def __call__(
+        self, batchdata: Mapping[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        target = _as_tensor(batchdata, "label", device, non_blocking)
+        return target[:, :1], target
+
+
+class SynthesisPrepareBatch(PrepareBatch):
+    """Regression baselines: the MR as input, and as target the CT with where it can teach (:func:`has_both`)."""
+
+    def __call__(
+        self, batchdata: Mapping[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        mr, ct = (_as_tensor(batchdata, key, device, non_blocking) for key in ("image", "label"))
+        return mr, (ct, has_both(mr, ct))
+
+
+class ReconstructionInferer(Inferer):
+    """Stage 1's validation: a volume encoded and decoded, without sampling, in tiles of ``tile_size``."""
+
+    def __init__(self, tile_size: Sequence[int], amp: bool = True) -> None:
+        super().__init__()
+        self.tile_size, self.amp = tuple(tile_size), amp
+
+    def __call__(self, inputs: Tensor, network: WaveletAutoencoderKL) -> Tensor:  # type: ignore[override]
+        volume, inside = pad_to_windows(convert_to_tensor(inputs, track_meta=False), self.tile_size, network.downsampling)
+        with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            decoded = sliding_window_inference(
+                volume, self.tile_size, 1, lambda tile: network.decode(network.encode(tile)[0]), 0.25, mode="gaussian"
+            )
+        return decoded[inside]
+
+
+
+
+class LatentPrepareBatch(DiffusionPrepareBatch):
+    """Stage 2 (Eq. 12): CT latents as input, MR latents as condition for MONAI's ``DiffusionInferer``, random
+    timesteps, and as target the schedule's own, noise or velocity, with where the pair is valid."""
+
+    def __init__(self, schedule: DDIMSchedule) -> None:
+        super().__init__(schedule.num_train_timesteps, condition_name="z_mr")
+        self.schedule = schedule
+
+    def get_target(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return self.schedule.target(images, noise, timesteps)
+
+    def __call__(
+        self, batchdata: Mapping[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple, dict]:
+        latents = {key: batchdata[key] for key in ("image", "z_mr")}
+        clean, target, args, infer_kwargs = super().__call__(latents, device, non_blocking, **kwargs)
+        return clean, (target, _as_tensor(batchdata, "valid", device, non_blocking)), args, infer_kwargs
+
+
+class EstimatePrepareBatch(LatentPrepareBatch):
+    """Fine-tuning: as stage 2, with the CT itself behind the targets, and half of each batch at the timestep that
+    sampling starts from."""
+
+    def get_timesteps(self, images: Tensor) -> Tensor:
+        timesteps = super().get_timesteps(images)
+        timesteps[: len(images) // 2] = self.schedule.inference_timesteps(1)[0][0]
+        return timesteps
+
+    def __call__(
+        self, batchdata: Mapping[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple, dict]:
+        clean, target, args, infer_kwargs = super().__call__(batchdata, device, non_blocking, **kwargs)
+        return clean, (*target, _as_tensor(batchdata, "label", device, non_blocking)), args, infer_kwargs
+
+
+class OneStepEstimate(nn.Module):
+    """The denoiser's output for noisy latents, and the decoded one-step estimate of the clean latent (Eq. 14).
+
+    A module, so that the gradients of both networks pass through one ``forward``, as distributed training needs.
+    """
+
+    def __init__(self, network: Synthesizer) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, clean: Tensor, noise: Tensor, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        schedule = self.network.schedule
+        noisy = schedule.add_noise(clean, noise, timesteps)
+        output = self.network.denoiser(torch.cat([noisy, condition], dim=1), timesteps)
+        estimates = [schedule.step(o, int(t), -1, z) for o, t, z in zip(output, timesteps, noisy)]
+        return output, self.network.decode(torch.stack(estimates))

@@ -1,0 +1,99 @@
+"""Equal time for every system of a comparison: a training that ends by the clock."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ignite.engine import Engine, Events
+
+from custom_modules.errors import stop
+from custom_modules.files import write_json
+
+logger = logging.getLogger(__name__)
+
+
+class TimeBudget:
+    """Handler that ends a training after ``minutes`` of wall time, over all its resumptions.
+
+    Everything after :meth:`start` counts: encoding latents, steps, validation, checkpoints. The validator runs
+    ``validations`` times at even shares of the budget, the last time at its end, or when the last epoch is over; with
+    ``patience``, that many validations in turn without a better one end the training too. Then ``path`` says what was
+    used: it is the sign that the training is complete.
+
+    Args:
+        minutes: of wall time, validation included; the last validation may go beyond.
+        validator: ``run(epoch)``, with ``metric`` in its state.
+        metric: whose smallest value is best.
+        path: JSON: steps, minutes, CPU minutes of this process, and the best validation.
+    """
+
+    def __init__(
+        self, minutes: float, validator: Any, path: str | Path, metric: str = "val_mae", validations: int = 5,
+        patience: int | None = None, clock: Callable[[], float] = time.perf_counter,
+    ) -> None:  # fmt: skip
+        self.minutes, self.validator, self.path, self.metric = float(minutes), validator, Path(path), metric
+        self.validations, self.patience, self.clock = validations, patience, clock
+        self.wall = self.cpu = 0.0  # seconds of the runs before this one
+        self.done = self.stale = 0
+        self.best, self.begun = math.inf, (clock(), time.process_time())
+
+    def start(self) -> None:
+        """The clock runs from here on."""
+        self.begun = (self.clock(), time.process_time())
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Wall and CPU seconds so far."""
+        return self.wall + self.clock() - self.begun[0], self.cpu + time.process_time() - self.begun[1]
+
+    @property
+    def share(self) -> float:
+        """Of the budget that is used, in [0, 1]."""
+        return min(self.seconds[0] / (60 * self.minutes), 1.0)
+
+    def rate(self, step: int, warmup: int = 100) -> float:
+        """What the learning rate is multiplied by: linear over the first ``warmup`` steps, a cosine over the budget."""
+        return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * self.share))
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_STARTED(once=1), self._first)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
+        engine.add_event_handler(Events.COMPLETED, self._completed)
+
+    def _first(self, engine: Engine) -> None:
+        if self.share >= 1:
+            stop(f"{self.minutes:.3g} min are over before the first step; give a larger budget")
+
+    def _step(self, engine: Engine) -> None:
+        while self.done < self.validations - 1 and self.share >= (self.done + 1) / self.validations:
+            self.done = int(self.share * self.validations)
+            self._validate(engine)
+        if self.share >= 1 or (self.patience and self.stale >= self.patience):
+            engine.terminate()
+
+    def _validate(self, engine: Engine) -> None:
+        self.validator.run(engine.state.epoch)
+        value = float(self.validator.state.metrics[self.metric])
+        self.stale = 0 if value < self.best else self.stale + 1
+        self.best = min(self.best, value)
+        logger.info("%.1f min, step %d: %s %.4g", self.seconds[0] / 60, engine.state.iteration, self.metric, value)
+
+    def _completed(self, engine: Engine) -> None:
+        if not (self.patience and self.stale >= self.patience):
+            self._validate(engine)
+        wall, cpu = self.seconds
+        used = {"steps": engine.state.iteration, "minutes": wall / 60, "cpu_minutes": cpu / 60, "budget": self.minutes}
+        write_json({**used, self.metric: self.best}, self.path)
+
+    def state_dict(self) -> dict[str, float]:
+        wall, cpu = self.seconds
+        return {"wall": wall, "cpu": cpu, "done": self.done, "stale": self.stale, "best": self.best}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)

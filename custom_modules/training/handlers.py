@@ -1,0 +1,127 @@
+"""Handlers of the training engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.engines import IterationEvents
+from monai.handlers import StatsHandler, TensorBoardStatsHandler
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from custom_modules.data.sampler import seed_of
+from custom_modules.errors import stop
+from custom_modules.training.checkpoints import BestWeights
+
+
+class StepSeed:
+    """Handler that seeds PyTorch before each iteration from (``seed``, iteration, rank)."""
+
+    def __init__(self, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        torch.manual_seed(seed_of(self.seed, (engine.state.iteration - 1) * self.world_size + self.rank))
+
+
+class GradientClipping:
+    """Handler that clips the norm of the gradient before each optimiser step, that is every ``accumulation`` batches."""
+
+    def __init__(self, max_norm: float, accumulation: int = 1) -> None:
+        self.max_norm, self.accumulation = max_norm, accumulation
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if engine.state.iteration % self.accumulation == 0:
+            torch.nn.utils.clip_grad_norm_(engine.network.parameters(), self.max_norm)
+
+
+class AfterStep:
+    """Handler that calls ``actions`` after each optimiser step, such as a learning rate schedule's."""
+
+    def __init__(self, actions: Sequence[Callable[[], Any]], accumulation: int = 1) -> None:
+        self.actions, self.accumulation = actions, accumulation
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.accumulation), self)
+
+    def __call__(self, engine: Engine) -> None:
+        for action in self.actions:
+            action()
+
+
+class StopOnNonFinite:
+    """Handler that ends the run, before the weights are touched, when the loss is not finite; it names the batch."""
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        loss = engine.state.output["loss"]
+        if not torch.isfinite(loss):
+            names = ", ".join(engine.state.batch["patient"])
+            stop(
+                f"the loss is {float(loss)} at iteration {engine.state.iteration}, patients {names}; the last "
+                "checkpoint is good: look at these volumes, or --resume true with a lower --learning_rate"
+            )
+
+
+class ProgressBar:
+    """Handler that shows the whole run's iterations, the loss and the time left."""
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._open)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._update)
+        engine.add_event_handler(Events.COMPLETED, lambda: self.bar.close())
+
+    def _open(self, engine: Engine) -> None:
+        total = engine.state.epoch_length * engine.state.max_epochs
+        self.bar = tqdm(total=total, initial=engine.state.iteration, desc="training", unit="step", mininterval=1.0)
+
+    def _update(self, engine: Engine) -> None:
+        self.bar.set_postfix(loss=f"{engine.state.output['loss'].item():.4g}", refresh=False)
+        self.bar.update()
+
+
+class ValidationMontage:
+    """Handler of the evaluator that puts a picture into TensorBoard: a row a patient, its middle coronal plane of MR,
+    prediction and CT, each in its whole window."""
+
+    def __init__(self, log_dir: str | Path, patients: int = 4) -> None:
+        self.log_dir, self.patients, self.rows = log_dir, patients, []
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
+
+    def _collect(self, engine: Engine) -> None:
+        for item in engine.state.output[: self.patients - len(self.rows)]:
+            planes = [np.asarray(item[key][0].float().cpu()) for key in ("image", "pred", "label")]
+            planes = [plane[::-1, plane.shape[1] // 2, ::-1].T for plane in planes]
+            self.rows.append(np.concatenate(planes, axis=1).clip(-1, 1) / 2 + 0.5)
+
+    def _write(self, engine: Engine) -> None:
+        width = max(row.shape[1] for row in self.rows)
+        rows = [np.pad(row, ((0, 2), (0, width - row.shape[1]))) for row in self.rows]
+        writer = SummaryWriter(self.log_dir)
+        writer.add_image("validation", np.concatenate(rows)[None], engine.state.epoch)
+        writer.close()
+        self.rows = []
+
+
+WRITERS = (ProgressBar, StatsHandler, TensorBoardStatsHandler, ValidationMontage, BestWeights)
+
+
+def handlers_of_rank(handlers: Sequence[Any], rank: int) -> list[Any]:
+    """All ``handlers`` for rank 0; for the others those that write nothing."""
+    return [handler for handler in handlers if rank == 0 or not isinstance(handler, WRITERS)]

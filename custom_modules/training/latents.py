@@ -1,0 +1,101 @@
+"""Latents of whole volumes, encoded once and cropped at random."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.data import CacheDataset, DataLoader, Dataset
+from monai.transforms import Randomizable
+from torch import Tensor
+from tqdm import tqdm
+
+from custom_modules.data.sampler import SeededDataset, seed_of
+from custom_modules.networks.synthesizer import Synthesizer
+from custom_modules.tiling import pad_to_windows
+from custom_modules.training.batches import _as_tensor
+from custom_modules.training.losses import has_both
+
+
+class LatentDataset(Randomizable, Dataset):
+    """MR and CT latents of whole volumes, encoded once by the frozen autoencoder; a random crop of one an item.
+
+    Every patient is encoded in ``versions`` augmented copies (posterior means, half precision in memory), so that
+    stage 2 is spent on the denoiser. Latents come from whole volumes, as in sampling: a crop of them knows what
+    stands beside it. A network whose latent scale was never set gets it here, from the training latents.
+
+    Items are ``image``, the CT latent, and ``z_mr``, both (c, *roi / f) and normalised; ``valid`` (1, *roi) at the same
+    place, see :func:`has_both`; with ``images`` also ``label``, the CT (1, *roi) in [-1, 1]; and ``patient``.
+
+    Args:
+        data: datalist of ``image`` and ``label``.
+        transform: deterministic and then random, up to images in [-1, 1].
+        network: with the autoencoder's weights.
+        roi_size: of a crop, in image voxels.
+        images: keep the CT itself too.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Mapping[str, str]],
+        transform: Callable,
+        network: Synthesizer,
+        roi_size: Sequence[int],
+        versions: int = 16,
+        amp: bool = True,
+        seed: int = 0,
+        images: bool = False,
+    ) -> None:
+        super().__init__(data, transform)
+        self.network, self.roi_size, self.versions, self.amp, self.images = network, roi_size, versions, amp, images
+        self.seed = seed
+        self.set_random_state(seed)
+        self.latents: list[list[dict[str, Any]]] = []
+
+    def encode(self) -> None:
+        """Encode all patients; once, before the first item is asked for. The same copies for the same seed."""
+        count = len(self.data)
+        keys = [(patient, seed_of(self.seed, copy, patient)) for copy in range(self.versions) for patient in range(count)]
+        images = SeededDataset(CacheDataset(self.data, self.transform))
+        loader = DataLoader(images, batch_size=1, sampler=keys, num_workers=1)
+        latents: list[list[dict[str, Any]]] = [[] for _ in self.data]
+        for (patient, _), batch in zip(keys, tqdm(loader, desc="encoding", unit="volume")):
+            latents[patient].append(self._encode(batch))
+        if not self.network.has_latent_scale:
+            for modality, key in (("MR", "z_mr"), ("CT", "image")):
+                self.network.set_latent_scale(modality, [copies[0][key].float() for copies in latents])
+        for item in itertools.chain(*latents):
+            for modality, key in (("MR", "z_mr"), ("CT", "image")):
+                item[key] = self.network.normalize(item[key][None].float(), modality)[0].half()
+        self.latents = latents
+
+    @property
+    def sizes(self) -> list[int]:
+        """Latent voxels of each patient."""
+        return [copies[0]["image"][0].numel() for copies in self.latents]
+
+    @torch.no_grad()
+    def _encode(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        network, device = self.network, self.network.latent_mean.device
+        mr, ct = (
+            pad_to_windows(_as_tensor(batch, key, device, False), self.roi_size, network.downsampling)[0]
+            for key in ("image", "label")
+        )
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.amp):
+            z_mr, z_ct = (network.autoencoder.encode(volume)[0][0].cpu().half() for volume in (mr, ct))
+        item = {"image": z_ct, "z_mr": z_mr, "valid": has_both(mr, ct)[0].cpu(), "patient": batch["patient"][0]}
+        return {**item, "label": ct[0].cpu().half()} if self.images else item
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        version = self.latents[index][self.R.randint(len(self.latents[index]))]
+        f = self.network.autoencoder.downsampling
+        roi = [size // f for size in self.roi_size]
+        start = [self.R.randint(size - r + 1) for size, r in zip(version["image"].shape[1:], roi)]
+
+        def crop(volume: Tensor, scale: int) -> Tensor:
+            return volume[(..., *(slice(s * scale, (s + r) * scale) for s, r in zip(start, roi)))].float()
+
+        scales = {"image": 1, "z_mr": 1, "valid": f, "label": f}
+        return {key: crop(value, scales[key]) if key in scales else value for key, value in version.items()}

@@ -1,0 +1,110 @@
+"""The losses of the training stages: Eq. 8 with its adversarial term, Eq. 12, and the error of the decoded estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from custom_modules.networks.disentanglement import disentanglement_loss, latent_cosines
+from custom_modules.training.adversary import Adversary
+
+
+class AutoencoderLoss(nn.Module):
+    """L_pre (Eq. 8): L2 reconstruction + alpha KL + beta L_D + gamma adversarial.
+
+    KL is averaged over latent elements, so that alpha does not depend on the crop size. The value of every term
+    at the last call is in ``terms``, with the cosines of Eqs. 3 to 6.
+
+    Args:
+        kl_weight: alpha.
+        disentanglement_weight: beta; 0 leaves the latent as it comes (the paper's ablation).
+        adversary: the adversarial term, which carries gamma; none when None.
+        perceptual: an optional further term, (reconstruction, target) to a scalar, such as MONAI's
+            ``PerceptualLoss``.
+        perceptual_weight: of it.
+    """
+
+    def __init__(
+        self,
+        kl_weight: float = 2e-5,
+        disentanglement_weight: float = 3e-3,
+        adversary: Adversary | None = None,
+        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+        perceptual_weight: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        self.kl_weight, self.disentanglement_weight = kl_weight, disentanglement_weight
+        self.adversary, self.perceptual, self.perceptual_weight = adversary, perceptual, perceptual_weight
+        self.terms: dict[str, float] = {}
+
+    def forward(self, output: tuple[Tensor, Tensor, Tensor, Tensor], target: Tensor) -> Tensor:
+        reconstruction, latent, mean, log_variance = output
+        recon_mr, recon_ct = F.mse_loss(reconstruction.float(), target, reduction="none").chunk(2)
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        cosines = latent_cosines(*latent.chunk(2))
+        terms = {
+            "reconstruction_mr": recon_mr.mean(),
+            "reconstruction_ct": recon_ct.mean(),
+            "kl": kl,
+            "disentanglement": disentanglement_loss(cosines),
+        }
+        loss = 0.5 * (terms["reconstruction_mr"] + terms["reconstruction_ct"]) + self.kl_weight * kl
+        if self.disentanglement_weight:
+            loss = loss + self.disentanglement_weight * terms["disentanglement"]
+        if self.adversary is not None:
+            terms["adversarial"] = self.adversary(reconstruction)
+            loss = loss + terms["adversarial"]
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(reconstruction.float(), target)
+            loss = loss + self.perceptual_weight * terms["perceptual"]
+        terms |= {"loss": loss, **{f"cosine_{name}": value for name, value in cosines._asdict().items()}}
+        self.terms = {name: float(value.detach()) for name, value in terms.items()}
+        return loss
+
+
+def has_both(mr: Tensor, ct: Tensor) -> Tensor:
+    """Where a pair can teach: not where the MR shows tissue and the CT air, beyond the CT's own field of view.
+
+    Both in [-1, 1]; tissue is MR above 8 % of its window, air is CT in the lowest 23 % of its (below -400 HU).
+    """
+    return ~((mr > -0.84) & (ct < -0.54))
+
+
+def _mean_where(values: Tensor, where: Tensor) -> Tensor:
+    return (values * where).sum() / where.sum().clamp_min(1)
+
+
+class ValidL1Loss(nn.Module):
+    """L1 between an image and the CT, both (N, 1, D, H, W) in [-1, 1], where the pair is valid (:func:`has_both`)."""
+
+    def forward(self, image: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
+        ct, valid = target
+        return _mean_where((image.float() - ct).abs(), valid)
+
+
+class LatentDiffusionLoss(nn.Module):
+    """The latent diffusion loss (Eq. 12) where the pair is valid: L2 between the denoiser's output and the schedule's
+    target, over latent voxels that hold at most one invalid voxel in twenty.
+
+    ``prediction`` (N, c, d, h, w); ``target`` is (the schedule's target, valid (N, 1, D, H, W)).
+    """
+
+    def forward(self, prediction: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
+        clean, valid = target
+        whole = F.adaptive_avg_pool3d(valid, prediction.shape[2:]) > 0.95
+        return _mean_where((prediction.float() - clean).square().mean(dim=1, keepdim=True), whole)
+
+
+class EstimateLoss(nn.Module):
+    """L1 between decoded estimate and CT, + ``latent_weight`` times the latent diffusion loss (Eq. 12), both where the
+    pair is valid."""
+
+    def __init__(self, latent_weight: float = 0.02) -> None:
+        super().__init__()
+        self.latent_weight, self.image_loss, self.latent_loss = latent_weight, ValidL1Loss(), LatentDiffusionLoss()
+
+    def forward(self, output: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        (prediction, image), (clean, valid, ct) = output, target
+        return self.image_loss(image, (ct, valid)) + self.latent_weight * self.latent_loss(prediction, (clean, valid))
