@@ -85,7 +85,7 @@ def test_a_folder_that_is_no_repository_is_one_line(tmp_path):
 
 def test_a_module_that_needs_the_repository_fails_and_leaves_no_archive(repository, tmp_path):
     """`bundle` can be imported here, and is not in the archive."""
-    with (repository / "custom_modules" / "synthesizer.py").open("a") as file:
+    with (repository / "custom_modules" / "networks" / "synthesizer.py").open("a") as file:
         file.write("\nimport bundle.phantom.command\n")
     commit(repository)
     with pytest.raises(InputError, match="data shape of network_def: .*No module named 'bundle'"):

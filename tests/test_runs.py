@@ -17,7 +17,6 @@ from ignite.engine import Engine, Events
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from custom_modules.files import save_atomically
 from custom_modules.training.checkpoints import BestWeights, Checkpoints
 from custom_modules.training.handlers import (
     AfterStep,
@@ -44,15 +43,13 @@ if when == "step":
     from monai.engines import IterationEvents
     trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, lambda e: die() if e.state.iteration == iteration else None)
 else:
-    import custom_modules.networks.weights
     save = torch.save
-    def half(content, file):
-        save(content, file)
+    def half(content, path):
+        save(content, path)
         if trainer.state.iteration >= iteration:
-            file.truncate(file.tell() // 2)
-            file.flush()
+            os.truncate(path, os.path.getsize(path) // 2)
             die()
-    custom_modules.networks.weights.torch.save = half
+    torch.save = half
 workflow.run()
 """
 
@@ -107,7 +104,7 @@ def test_a_killed_run_resumes_on_the_curve_of_the_uninterrupted_one(name, when, 
     last = {"step": 6, "checkpoint": 6}[when]  # every 3 iterations, and at the end of the epochs at 4, 8 and 12
     newest = sorted(folder.glob("checkpoint_*.pt"))[-1]
     assert int(re.findall(r"\d+", newest.name)[0]) == last
-    assert bool(list(folder.glob(".*.partial"))) == (when == "checkpoint")
+    assert bool(list(folder.glob(".partial-*"))) == (when == "checkpoint")
     resumed = losses_of(train_workflow(name, **settings, output_dir=str(folder), resume=True))
     assert list(resumed) == list(range(last + 1, 13))
     for iteration, loss in resumed.items():
@@ -116,7 +113,7 @@ def test_a_killed_run_resumes_on_the_curve_of_the_uninterrupted_one(name, when, 
     one, other = (w["network"] for w in weights)
     for key in one:
         torch.testing.assert_close(one[key], other[key], rtol=1e-3, atol=1e-4)
-    assert not list(folder.glob(".*.partial"))
+    assert not list(folder.glob(".partial-*"))
 
 
 @pytest.mark.parametrize("name", ["train_autoencoder", "train"])
@@ -196,21 +193,6 @@ def test_resuming_nothing_starts_from_the_beginning(tmp_path):
     engine = Trainer()
     Checkpoints(tmp_path, {}, interval=1).begin(engine, resume=True)
     assert engine.state.iteration == 0
-
-
-def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
-    path = tmp_path / "model.pt"
-    save_atomically({"a": 1}, path)
-
-    def fail(content, file):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_atomically({"a": 2}, path)
-    monkeypatch.undo()
-    assert torch.load(path) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["model.pt"]
 
 
 def test_best_weights_are_those_of_the_smallest_error_also_after_resuming(tmp_path):

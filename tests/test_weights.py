@@ -143,8 +143,8 @@ def test_a_failure_to_save_leaves_what_was_there(tmp_path, network, monkeypatch)
     save_weights(network, path)
     before = path.read_bytes()
 
-    def fails_half_way(state, file, *args, **kwargs):
-        file.write(b"half of it")
+    def fails_half_way(state, path):
+        path.write_bytes(b"half of it")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", fails_half_way)

@@ -296,7 +296,7 @@ def _work(patient: Patient, out: Path, settings: Settings, send: Any) -> None:
         result["seconds"] = time.perf_counter() - started
         result["memory"] = peak_memory_gib("cpu")
         result["fingerprint"] = fingerprint(patient, settings)
-        write_json(result, folder / FINISHED)
+        write_text(json.dumps(result, indent=1), folder / FINISHED)  # a measure may be NaN
         send.send(None)
     except Exception as error:
         send.send(one_line(error, name))

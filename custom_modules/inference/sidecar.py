@@ -13,7 +13,7 @@ import monai
 import torch
 
 from custom_modules.data.volumes import beside
-from custom_modules.files import _plain, sha256, write_json
+from custom_modules.files import to_plain, sha256, write_json
 from custom_modules.memory import peak_memory_gib
 
 
@@ -54,7 +54,7 @@ class Sidecar:
             return False
         made = {"input_sha256": sha256(item["image"]), **self._of_all()}
         found = json.loads(record.read_text())
-        return all(found.get(name) == value for name, value in _plain(made).items())
+        return all(found.get(name) == value for name, value in to_plain(made).items())
 
     def _of_all(self) -> dict[str, Any]:
         return {"model_sha256": self.model_sha256, "version": self.version, "settings": dict(self.settings)}
