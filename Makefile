@@ -41,8 +41,8 @@ test-label: .venv/installed .venv-label/installed
 # ratios and costs, minutes to an hour; DATA=DIR takes real pairs
 bench: .venv/installed
 	$(PY) -m pip install --quiet --no-deps ptwt==1.0.1
-	$(PY) benchmarks/road.py volumes
-	$(PY) benchmarks/road.py settings
+	$(PY) benchmarks/pipeline.py volumes
+	$(PY) benchmarks/pipeline.py settings
 	$(PY) benchmarks/files.py
 	$(PY) benchmarks/blocks.py
 	$(PY) benchmarks/wavelets.py

@@ -19,13 +19,13 @@ import fire
 import nibabel as nib
 import numpy as np
 from common import ROOT, publish
-from road import VOLUMES, volume
+from pipeline import VOLUMES, volume
 
 MR_MAXIMUM = 1250.0
 
 
 def write(path: Path, shape: tuple[int, int, int], share: float, spacing: float) -> None:
-    """The bodies of road.py as an MR in noise, on a finer grid where ``spacing`` is below 2 mm."""
+    """The bodies of pipeline.py as an MR in noise, on a finer grid where ``spacing`` is below 2 mm."""
     values = np.int16((volume(shape, share)[0][0, 0].numpy() + 1) / 2 * MR_MAXIMUM)
     for axis in range(3):
         values = values.repeat(round(2 / spacing), axis)

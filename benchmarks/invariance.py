@@ -2,7 +2,7 @@
 
     python benchmarks/invariance.py --dataset_dir DIR [--split validation]
 
-Differences in HU within the body, by the whole road from file to file, from the default settings on the same seed where
+Differences in HU within the body, by the whole pipeline from file to file, from the default settings on the same seed where
 nothing else is said.
 """
 

@@ -22,23 +22,22 @@ from monai.inferers.utils import _get_scan_interval
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bundle.workflow import inference_workflow  # noqa: E402
 from custom_modules.data.transforms import Preprocess  # noqa: E402
-from custom_modules.inference.inferer import LatentSamplingInferer  # noqa: E402
+from custom_modules.inference.inferer import LatentSampler  # noqa: E402
 from custom_modules.networks.synthesizer import Synthesizer  # noqa: E402
 from custom_modules.tiling import pad_to_windows  # noqa: E402
 
 
-def border_planes(shape: tuple[int, ...], sampling: str, inferer: LatentSamplingInferer, network: Synthesizer) -> list[np.ndarray]:
+def border_planes(shape: tuple[int, ...], sampling: str, inferer: LatentSampler, network: Synthesizer) -> list[np.ndarray]:
     """For each axis, the positions p at which a window starts or ends between voxels p - 1 and p of the volume: a window
     of the denoiser's attention, or a sampling window."""
     unit = network.downsampling
-    least = inferer.roi_size if sampling == "windows" else [unit] * 3
-    padded, inside = pad_to_windows(torch.zeros(1, 1, *shape), least, unit, inferer.margin)
+    padded, inside = pad_to_windows(torch.zeros(1, 1, *shape), inferer._least_size(network), unit, inferer.margin)
     size = padded.shape[2:]
     planes = []
     for axis in range(3):
         if sampling == "windows":
-            interval = _get_scan_interval(size, inferer.roi_size, 3, (inferer.overlap,) * 3)
-            windows = dense_patch_slices(size, inferer.roi_size, interval)
+            interval = _get_scan_interval(size, inferer.window_size, 3, (inferer.overlap,) * 3)
+            windows = dense_patch_slices(size, inferer.window_size, interval)
             edges = {edge for window in windows for edge in (window[axis].start, window[axis].stop)}
         else:
             edges = set(range(0, size[axis], network.denoiser.window * network.autoencoder.downsampling))
@@ -69,8 +68,7 @@ def main(dataset_dir: str, split: str = "validation", **settings: Any) -> None:
     network = parser.get_parsed_content("network")
     low, high = parser.get_parsed_content("mr_window")
     read = Preprocess(parser.get_parsed_content("spacing"), label=True)
-    inferer = parser.get_parsed_content("inferer")
-    inferer.progress = False
+    inferers = parser.get_parsed_content("inferers")
     ratios: dict[str, list[float]] = {"whole": [], "CT there": [], "windows": [], "CT at theirs": []}
     for pair in pairs:
         data = read({key: pair[key] for key in ("image", "label")})
@@ -78,8 +76,9 @@ def main(dataset_dir: str, split: str = "validation", **settings: Any) -> None:
         body = data["body"].as_tensor()[None]
         inside, unit = body[0, 0].numpy() > 0.5, network.downsampling
         for sampling, reference in (("whole", "CT there"), ("windows", "CT at theirs")):
+            inferer = inferers[sampling]
+            inferer.progress = False
             planes = border_planes(mr.shape[2:], sampling, inferer, network)
-            inferer.sampling = sampling
             hu = network.to_hu(inferer(mr, network, body=body))[0, 0].numpy()
             ratios[sampling].append(jump_ratio(hu, inside, planes, unit))
             ratios[reference].append(jump_ratio(data["label"][0].numpy(), inside, planes, unit))

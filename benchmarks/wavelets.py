@@ -25,7 +25,7 @@ WORKS = ("forward", "inverse", "training")
 
 
 def lifted() -> WaveletTransform3d:
-    """Haar by the filter banks of pytorch_wavelets along three axes, the road of every other wavelet."""
+    """Haar by the filter banks of pytorch_wavelets along three axes, the way of every other wavelet."""
     import pywt
     from pytorch_wavelets.dwt.lowlevel import prep_filt_afb1d, prep_filt_sfb1d
     from torch import nn

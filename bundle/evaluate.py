@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from bundle.synthesize import picture
-from bundle.workflow import ROOT
 from custom_modules.data.volumes import read_volume
 from custom_modules.evaluation.split import Evaluation
 from custom_modules.files import writable_or_stop
@@ -41,7 +40,7 @@ def evaluate(
     """
     writable_or_stop(output_dir)
     evaluation = Evaluation(
-        str(dataset_dir), datalist, split, str(output_dir), str(ROOT), pred_dir, labels, config,
+        str(dataset_dir), datalist, split, str(output_dir), pred_dir, labels, config,
         name=Path(config).stem if config else "3D-WLDM", settings=settings,
     )  # fmt: skip
     try:

@@ -1,1 +1,13 @@
-"""What the configs name by ``_target_``: the networks, transforms, losses and inferers of 3D-WLDM."""
+"""3D-WLDM: the networks, data, inference, training and evaluation that the bundle's configs name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+BUNDLE_ROOT = str(Path(__file__).resolve().parents[1])
+
+
+def bundle_version() -> str:
+    """The version in ``configs/metadata.json``."""
+    return json.loads(Path(BUNDLE_ROOT, "configs", "metadata.json").read_text(encoding="utf-8"))["version"]

@@ -28,11 +28,11 @@ COPIES = 16
 CPU_BATCH = 4
 LARGEST_BATCH = 32
 GIB = 2**30
-# Bytes of main memory that the road holds at its peak, for each voxel of the file and of the networks' grid, and besides;
+# Bytes of main memory that the pipeline holds at its peak, for each voxel of the file and of the networks' grid, and besides;
 # from the peaks of benchmarks/files.py
 SOURCE_BYTES, GRID_BYTES, FIXED_BYTES = 20, 25, 2**28
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 def free_gpu_memory(device: torch.device) -> int:
@@ -78,7 +78,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def shrinking(work: Callable[[int], Answer], amount: int, least: int, unit: str) -> Answer:
+def halve_when_out_of_memory(work: Callable[[int], Result], amount: int, least: int, unit: str) -> Result:
     """``work(amount)``; each time memory runs out, again with half of ``amount``, and the log says so.
 
     Raises:

@@ -1,8 +1,349 @@
-"""Settings: their names, types and ranges."""
+"""The settings of the configs: one table of their types, ranges and meaning, and the check that runs before anything else.
+
+Defaults stand in the configs. This table serves the check, ``--help``, the label app and ``docs/settings.md``.
+"""
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-def is_on(value: bool | str) -> bool:
-    """A switch as configs and command lines give it: ``--resume false`` arrives as a text."""
-    return str(value).lower() in ("true", "1", "yes")
+from custom_modules import BUNDLE_ROOT
+from custom_modules.errors import InputError, stop
+
+if TYPE_CHECKING:
+    from monai.bundle import ConfigParser
+
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+KINDS = {
+    "bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "device": "cpu, cuda or cuda:N",
+    "ints": "whole numbers", "floats": "numbers",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a setting may be.
+
+    Attributes:
+        kind: a key of :data:`KINDS`.
+        help: one line for people.
+        low, high: bounds of a number, or of each number of a list.
+        size: of a list.
+        choices: of a text.
+        nullable: whether null is allowed.
+        changes_result: whether another value can give another synthetic CT, so that a finished one has to be made again.
+        increasing: whether the numbers of a list must increase, as those of a window do.
+    """
+
+    kind: str
+    help: str
+    low: float = -math.inf
+    high: float = math.inf
+    size: int = 3
+    choices: tuple[str, ...] = ()
+    nullable: bool = False
+    changes_result: bool = False
+    increasing: bool = False
+
+    @property
+    def allowed(self) -> str:
+        """What is allowed, in words."""
+        text = f"one of {', '.join(self.choices)}" if self.choices else KINDS[self.kind]
+        if self.kind in ("ints", "floats"):
+            text = f"{self.size} {'increasing ' if self.increasing else ''}{text}"
+        if math.isfinite(self.low) and math.isfinite(self.high):
+            text += f" from {self.low:g} to {self.high:g}"
+        elif math.isfinite(self.low):
+            text += f" of at least {self.low:g}"
+        return text + (", or null" if self.nullable else "")
+
+    def parse(self, name: str, value: Any) -> Any:
+        """``value``, which may be a text from a command line, in the type of the setting.
+
+        Raises:
+            InputError: for a value that is not allowed.
+        """
+        if value is None or (isinstance(value, str) and value.lower() in ("null", "none")):
+            if self.nullable:
+                return None
+            raise InputError(f"--{name} {value}: must be {self.allowed}")
+        try:
+            return self._check(self._convert(value))
+        except (TypeError, ValueError, OverflowError):
+            raise InputError(f"--{name} {value}: must be {self.allowed}") from None
+
+    def _convert(self, value: Any) -> Any:
+        if self.kind == "bool":
+            return parse_bool(value)
+        if self.kind in ("ints", "floats"):
+            items = json.loads(value) if isinstance(value, str) else value
+            return [number(item, self.kind == "ints") for item in items]
+        if self.kind in ("int", "float"):
+            return number(value, self.kind == "int")
+        if self.kind == "device":
+            return check_device(str(value))
+        return str(value)
+
+    def _check(self, value: Any) -> Any:
+        numbers = value if isinstance(value, list) else [value] if isinstance(value, (int, float)) else []
+        if not all(self.low <= item <= self.high for item in numbers):
+            raise ValueError
+        if isinstance(value, list) and (len(value) != self.size or (self.increasing and value != sorted(set(value)))):
+            raise ValueError
+        if self.choices and value not in self.choices:
+            raise ValueError
+        if isinstance(value, str) and not value.strip():
+            raise ValueError
+        return value
+
+
+def parse_bool(value: Any) -> bool:
+    """True or false as Python, YAML or a command line writes them.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    text = str(value).lower()
+    if text not in TRUE + FALSE:
+        raise ValueError(f"{value} is neither true nor false")
+    return text in TRUE
+
+
+def number(value: Any, whole: bool) -> int | float:
+    """A finite number from a number or a text.
+
+    Raises:
+        ValueError: for anything else; with ``whole`` also for a fraction.
+    """
+    if isinstance(value, bool):
+        raise ValueError(f"{value} is not a number")
+    found = float(value)
+    if not math.isfinite(found) or (whole and found != int(found)):
+        raise ValueError(f"{value} is not a finite number")
+    return int(value) if whole and isinstance(value, int) else int(found) if whole else found
+
+
+def check_device(device: str) -> str:
+    """``device`` if PyTorch can use it.
+
+    Raises:
+        InputError: for an unknown device, or one that is not there.
+    """
+    import torch
+
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"{device} is not a device") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; give cpu")
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"{device} is not supported")
+    return device
+
+
+def _on(kind: str, help: str, **rules: Any) -> Setting:
+    """A setting that changes the synthetic CT."""
+    return Setting(kind, help, changes_result=True, **rules)
+
+
+MANY = 2**31 - 1
+WEIGHTS = "stored with the weights, which refuse another value"
+
+SETTINGS: dict[str, Setting] = {
+    # paths and the machine
+    "dataset_dir": Setting("str", "input: a volume, a folder of volumes or DICOM series, or for training the folder of the datalist"),
+    "datalist": Setting("str", "MONAI datalist; image is the MR, label the CT"),
+    "output_dir": Setting("str", "folder for the results"),
+    "checkpoint": Setting("str", "weights"),
+    "autoencoder_checkpoint": Setting("str", "weights of stage 1"),
+    "initial_checkpoint": Setting("str", "weights that fine-tuning starts from"),
+    "best_weights": Setting("str", "file name in output_dir of the weights of the best validation"),
+    "device": Setting("device", "GPU if there is one, else CPU"),
+    "memory_limit": Setting("float", "GiB that the process may hold; null: what is free", low=0.1, nullable=True),
+    "compile": Setting("bool", "torch.compile of the networks: pays on a GPU or for many volumes"),
+    "amp": _on("bool", "bfloat16 in the denoiser, in training in all networks"),
+    "seed": _on("int", "of the noise and, in training, of everything random", low=0, high=2**32 - 1),
+    # inference
+    "resume": Setting("bool", "keep finished volumes; in training, continue from the newest checkpoint"),
+    "strict": Setting("bool", "refuse an MR that is unlike the training MRs instead of warning"),
+    "guard_statistics": Setting("str", "statistics of the training MRs; null: inputs are not compared", nullable=True),
+    "calibration": Setting("str", "factor from SD to error; null: SD as it is", nullable=True),
+    "crop_above_shoulders": _on("bool", "leave out head and neck, as the paper does"),
+    "num_inference_steps": _on("int", "DDIM steps", low=1, high=1000),
+    "num_samples": _on("int", "samples per volume; with 2 or more their SD is written too", low=1, high=64),
+    "output": _on("str", "the mean of the samples, or the first sample", choices=("mean", "sample")),
+    "sampling": _on("str", "one latent for the patient, or windows sampled one by one and blended", choices=("whole", "windows")),
+    "window_size": _on("ints", "voxels of the windows of sampling: windows", low=1, high=4096),
+    "overlap": _on("float", "share of a window that neighbours have in common", low=0, high=0.95),
+    "margin": _on("int", "voxels by which the edge is continued", low=0, high=256),
+    "tile_voxels": _on("int", "voxels of the largest tile that is encoded or decoded at once", low=4096, high=MANY),
+    "halo": _on("int", "voxels computed around each tile", low=0, high=512),
+    "sw_batch_size": Setting("int", "windows computed at once; null: by free memory", low=1, high=1024, nullable=True),
+    # what the weights depend on
+    "spacing": _on("floats", f"mm, of the grid of the networks; {WEIGHTS}", low=0.1, high=20),
+    "mr_window": _on("floats", f"standardised MR units that become [-1, 1]; {WEIGHTS}", size=2, increasing=True),
+    "mr_reference": _on("float", f"what the 99th percentile of an MR is brought to; {WEIGHTS}", low=1e-3),
+    "hu_window": _on("floats", f"HU that become [-1, 1]; {WEIGHTS}", size=2, increasing=True),
+    "attention_window": _on("int", f"voxels along each side of the denoiser's attention; {WEIGHTS}", low=4, high=1024),
+    # training
+    "roi_size": Setting("ints", "voxels of a training crop", low=1, high=1024),
+    "check_data": Setting("bool", "read every volume before training and refuse pairs that cannot be used"),
+    "batch_size": Setting("int", "patients per batch", low=1, high=1024),
+    "accumulation": Setting("int", "batches per optimiser step", low=1, high=1024),
+    "augmented_copies": Setting("int", "of each patient, encoded before stages 2 and 3", low=1, high=1000),
+    "steps_per_epoch": Setting("int", "optimiser steps per epoch", low=1, high=MANY),
+    "max_epochs": Setting("int", "epochs", low=1, high=MANY),
+    "val_interval": Setting("int", "epochs between validations", low=1, high=MANY),
+    "checkpoint_interval": Setting("int", "iterations between checkpoints", low=1, high=MANY),
+    "log_interval": Setting("int", "iterations between entries for TensorBoard", low=1, high=MANY),
+    "learning_rate": Setting("float", "of Adam, after the warm-up", low=1e-8, high=1),
+    "ema_decay": Setting("float", "of the moving average of the weights, per step", low=0, high=0.999999),
+    "kl_weight": Setting("float", "alpha of Eq. 8", low=0),
+    "disentanglement_weight": Setting("float", "beta of Eq. 8", low=0),
+    "adversarial_weight": Setting("float", "gamma of Eq. 8", low=0),
+    "adversarial_warmup": Setting("int", "iterations without the adversarial term", low=0, high=MANY),
+    "minutes": Setting("float", "wall time of a training that ends by the clock", low=1e-3),
+    "validations": Setting("int", "validations of such a training", low=1, high=1000),
+    "patience": Setting("int", "validations without improvement that end it; null: none", low=1, nullable=True),
+    # evaluation
+    "split": Setting("str", "split of the datalist"),
+    "pred_dir": Setting("str", "folder of finished synthetic CTs; null: they are made", nullable=True),
+}  # fmt: skip
+
+
+# the config that is running
+
+
+def current_parser() -> ConfigParser:
+    """The parser of the config whose expression is being evaluated.
+
+    MONAI hands expressions the values that they refer to and nothing else; the parser, with every setting in it, is further
+    up the call stack.
+
+    Raises:
+        RuntimeError: outside of a config.
+    """
+    from monai.bundle import ConfigParser
+
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, ConfigParser):
+            return owner
+        frame = frame.f_back
+    raise RuntimeError("settings are read by an expression of a config")
+
+
+def result_settings() -> dict[str, Any]:
+    """The value of every setting of the running config that changes the synthetic CT."""
+    parser = current_parser()
+    return {name: parser.get_parsed_content(name) for name in SETTINGS if SETTINGS[name].changes_result and name in parser}
+
+
+def plain_settings() -> dict[str, Any]:
+    """Every top-level value of the running config that is a number, a text, null or a list of them, expressions evaluated
+    where they have been already."""
+    parser = current_parser()
+    resolved = parser.ref_resolver.resolved_content
+    values = {name: resolved.get(name, value) for name, value in parser.get().items()}
+    return {name: value for name, value in values.items() if _is_plain(value) and not _is_expression(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _is_expression(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(("$", "@", "%"))
+
+
+def check() -> None:
+    """Check the settings of the running config, as the first expression of its ``initialize``: types and ranges by
+    :data:`SETTINGS`, unknown names, and settings on the command line that this config does not use. Values are converted to
+    their type, so that ``--strict false`` is false. Ends the program with one line for what is not allowed."""
+    parser = current_parser()
+    try:
+        check_settings(parser, given_on_command_line(sys.argv))
+    except InputError as error:
+        stop(str(error))
+    parser.parse(True)
+
+
+def check_settings(parser: ConfigParser, given: Sequence[str] = ()) -> None:
+    """:func:`check` for ``parser``; ``given`` are the settings that the user asked for.
+
+    Raises:
+        InputError: for a setting or a value that is not allowed.
+    """
+    content = parser.get()
+    used = set(_references(content))
+    for name in given:
+        if name not in content or (name not in used and name not in STRUCTURE):
+            raise InputError(f"no setting '{name}' in this config{_suggestion(name, used & set(SETTINGS))}")
+    for name, value in content.items():
+        if name in SETTINGS and not _is_expression(value) and not _has_expression(value):
+            content[name] = SETTINGS[name].parse(name, value)
+        elif name not in SETTINGS and name not in used and name not in STRUCTURE and name not in known_ids():
+            raise InputError(f"no setting '{name}'{_suggestion(name, SETTINGS)}")
+
+
+STRUCTURE = frozenset("imports initialize run finalize _meta_ train validate evaluator handlers key_metric".split())
+
+
+def _has_expression(value: Any) -> bool:
+    return not isinstance(value, (bool, int, float, str)) and not (value is None or _is_plain(value)) or (
+        isinstance(value, (list, tuple)) and any(_is_expression(item) for item in value)
+    )
+
+
+def _references(node: Any) -> Iterator[str]:
+    """Top-level ids that a config refers to."""
+    if isinstance(node, Mapping):
+        for value in node.values():
+            yield from _references(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from _references(value)
+    elif _is_expression(node):
+        yield from re.findall(r"@(\w+)", node)
+
+
+def known_ids() -> set[str]:
+    """Top-level ids of all configs of the bundle."""
+    from monai.bundle import ConfigParser
+
+    found: set[str] = set()
+    for path in Path(BUNDLE_ROOT, "configs").rglob("*.yaml"):
+        found |= {key.lstrip("+").split("#")[0].split("::")[0] for key in ConfigParser.load_config_file(str(path))}
+    return found
+
+
+def given_on_command_line(arguments: Sequence[str]) -> list[str]:
+    """Names of the settings in a command line of ``python -m monai.bundle run``; none for other programs."""
+    if not Path(arguments[0]).as_posix().endswith("monai/bundle/__main__.py"):
+        return []
+    names = [argument[2:].split("=")[0] for argument in arguments[1:] if argument.startswith("--")]
+    return [re.split("#|::", name)[0] for name in names if name not in MONAI_ARGUMENTS]
+
+
+MONAI_ARGUMENTS = frozenset(
+    "run_id init_id final_id meta_file config_file logging_file tracking args_file workflow_name workflow_type "
+    "properties_path".split()
+)
+
+
+def _suggestion(name: str, names: Any) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(sorted(names))}"

@@ -60,7 +60,7 @@ def widen(box: Box, by: int, size: Sequence[int]) -> Box:
     return tuple(slice(max(b.start - by, 0), min(b.stop + by, s)) for b, s in zip(box, size))
 
 
-def times(box: Box, factor: int) -> Box:
+def scale_box(box: Box, factor: int) -> Box:
     """``box`` on a grid that is ``factor`` times finer."""
     return tuple(slice(b.start * factor, b.stop * factor) for b in box)
 

@@ -1,4 +1,4 @@
-"""What the tests share: synthetic volumes whose values are known, a tiny network, and the inference road."""
+"""What the tests share: synthetic volumes whose values are known, a tiny network, and the inference pipeline."""
 
 from __future__ import annotations
 
@@ -129,7 +129,6 @@ def full_disk(size: int = 1000) -> Iterator[None]:
 
 def train_workflow(name: str, **overrides) -> ConfigWorkflow:
     """A training workflow, or a list of overlays joined by ``+``, initialised, with ``overrides``."""
-    torch.manual_seed(0)  # a test that asks for the trainer makes the networks before the config seeds anything
     files = [str(ROOT / "configs" / f"{part}.yaml") for part in name.split("+")]
     workflow = ConfigWorkflow(config_file=files, workflow_type="train", logging_file=False, **overrides)
     for key, value in (TRAINING_DENOISER if "train" in name.split("+") else {}).items():
@@ -164,9 +163,9 @@ def trained(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folders that the three stages leave: ae, ldm and fine."""
     root = tmp_path_factory.mktemp("trained")
     settings = {**TRAINING, "dataset_dir": str(phantoms)}
-    train("train_autoencoder", **settings, adversarial_warmup=1, output_dir=str(root / "ae"))
-    train("train", **settings, versions=1, autoencoder=str(root / "ae/autoencoder.pt"), output_dir=str(root / "ldm"))
-    train("train+finetune", **settings, versions=1, checkpoint=str(root / "ldm/model.pt"), output_dir=str(root / "fine"))
+    train("train+train_autoencoder", **settings, adversarial_warmup=1, output_dir=str(root / "ae"))
+    train("train", **settings, augmented_copies=1, autoencoder_checkpoint=str(root / "ae/autoencoder.pt"), output_dir=str(root / "ldm"))
+    train("train+finetune", **settings, augmented_copies=1, initial_checkpoint=str(root / "ldm/model.pt"), output_dir=str(root / "fine"))
     return root
 
 

@@ -40,7 +40,7 @@ TINY = {"channels": [32, 32, 32], "autoencoder_channels": [16, 16, 16], "blocks"
 
 def config(name: str, base: str = "inference", **settings) -> ConfigParser:
     """The config of a system: ``base`` with its overlays."""
-    files = [ROOT / "configs" / f"{file}.yaml" for file in (base, *SYSTEMS[name].overlays)]
+    files = [ROOT / "configs" / f"{file}.yaml" for file in (*base.split("+"), *SYSTEMS[name].overlays)]
     parser = ConfigParser()
     parser.read_config([str(file) for file in files])
     channels = {"channels": [32] * 4} if name in ("ddpm", "ddim") else {}
@@ -235,7 +235,7 @@ class Sampler(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("base", "key"), [("inference", "inferer"), ("train_autoencoder", "inferer"), ("train_autoencoder", "val_inferer")]
+    ("base", "key"), [("inference", "inferer"), ("train+train_autoencoder", "inferer"), ("train+train_autoencoder", "val_inferer")]
 )
 def test_latents_in_3d_are_those_of_windows_of_the_training_crops_size(base, key):
     parser, net, volume = config("stable_dm_3d", base, slice_size=[16, 16, 16]), Sampler(), torch.rand(1, 1, 20, 12, 40)
@@ -324,14 +324,14 @@ def test_pix2pix_discriminator_sees_pairs_of_mr_and_ct():
     loss = Pix2PixLoss(lambda pair: (shown.append(pair), pair.new_tensor(0.5))[1])(fake, (ct, valid, mr))
     assert torch.equal(shown[0], generated)
     assert loss == pytest.approx(float(ValidL1Loss()(fake, (ct, valid))) + 0.5)
-    parser = config("pix2pix", "train_autoencoder")
+    parser = config("pix2pix", "train+train_autoencoder")
     assert parser.get_parsed_content("discriminator_def").initial_conv.conv.in_channels == 2
     assert parser["network_def"] == config("unet")["network_def"]
 
 
 def test_the_unet_is_deterministic_regression():
     net = network("unet", **{"network_def#channels": [4, 8], "network_def#strides": [2]})
-    assert config("unet", "train_autoencoder").get_parsed_content("loss").__class__ is ValidL1Loss
+    assert config("unet", "train+train_autoencoder").get_parsed_content("loss").__class__ is ValidL1Loss
     mr = torch.rand(1, 1, 8, 8, 8)
     answers = []
     for seed in (0, 1):
@@ -356,7 +356,7 @@ LEFT_OUT = {
 
 
 @pytest.mark.parametrize("name", list(LEFT_OUT))
-@pytest.mark.parametrize("base", ["train_autoencoder", "train", "inference"])
+@pytest.mark.parametrize("base", ["train+train_autoencoder", "train", "inference"])
 def test_an_ablation_differs_from_the_full_model_by_what_its_row_says(name, base):
     plain, ablation = config("full", base).get(), config(name, base).get()
     assert {key: ablation[key] for key in ablation if ablation[key] != plain.get(key)} == {

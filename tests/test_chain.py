@@ -47,9 +47,9 @@ def test_from_phantoms_to_scores(tmp_path):
         assert result["mutual_information"] > result["mutual_information_before"], path.parent.name
 
     settings = {**TRAINING, "dataset_dir": str(tmp_path / "pairs"), "spacing": [3.0] * 3}
-    train("train_autoencoder", **settings, output_dir=str(tmp_path / "ae"))
+    train("train+train_autoencoder", **settings, output_dir=str(tmp_path / "ae"))
     autoencoder = str(tmp_path / "ae/autoencoder.pt")
-    train("train", **settings, versions=1, autoencoder=autoencoder, output_dir=str(tmp_path / "ldm"))
+    train("train", **settings, augmented_copies=1, autoencoder_checkpoint=autoencoder, output_dir=str(tmp_path / "ldm"))
     evaluate(
         str(tmp_path / "pairs"), output_dir=str(tmp_path / "eval"), checkpoint=str(tmp_path / "ldm/model.pt"),
         roi_size=[32, 32, 32], spacing=[3.0] * 3, device="$torch.device('cpu')", **TINY,

@@ -26,7 +26,7 @@ from custom_modules.inference.guard import (
 )
 
 AFFINE = np.diag([2.0, 2, 2, 1])
-SMALL_WINDOWS = {"roi_size": [16, 16, 16], "tile_size": [32, 32, 32]}
+SMALL_WINDOWS = {"window_size": [16, 16, 16]}
 
 
 def batch(image: np.ndarray, body: np.ndarray, affine: np.ndarray = AFFINE, shape: tuple | None = None) -> dict:

@@ -22,7 +22,7 @@ from custom_modules.networks.weights import save_weights
 TWO_MM = np.diag([2.0, 2, 2, 1])
 ROTATION = euler2mat(0.2, -0.15, 0.3)
 SHEAR = np.array([[1.0, 0.2, 0.0], [0.0, 1.0, 0.1], [0.0, 0.0, 1.0]])
-SMALL_WINDOWS = {"roi_size": [16, 16, 16], "tile_size": [32, 32, 32]}
+SMALL_WINDOWS = {"window_size": [16, 16, 16]}
 ORIENTATIONS = [
     np.column_stack([axes, flips]) for axes in permutations(range(3)) for flips in product((1, -1), repeat=3)
 ]

@@ -9,7 +9,8 @@ from monai.data import MetaTensor
 from torch import nn
 
 from custom_modules.errors import InputError
-from custom_modules.inference.inferer import DENOISER_BYTES, TILE_BYTES, LatentSamplingInferer
+from custom_modules.inference.inferer import DENOISER_BYTES, TILE_BYTES, WholeVolumeInferer
+from custom_modules.inference.windows import WindowInferer
 from custom_modules.inference.tensorrt import through_forward
 from custom_modules.networks.autoencoder import WaveletAutoencoderKL
 from custom_modules.networks.denoiser import LatentDenoiser
@@ -77,8 +78,11 @@ def tiny(prediction="v"):
     return network.eval()
 
 
-def inferer(**settings):
-    return LatentSamplingInferer(**{"roi_size": (16, 16, 16), "amp": False, "progress": False, "margin": 0, "overlap": 0.5, **settings})
+def inferer(sampling="whole", **settings):
+    windows = {"window_size": (16, 16, 16), "overlap": 0.5}
+    windows |= {name: settings.pop(name) for name in (*windows, "sw_batch_size") if name in settings}
+    common = {"amp": False, "progress": False, "margin": 0, **settings}
+    return WholeVolumeInferer(**common) if sampling == "whole" else WindowInferer(**common, **windows)
 
 
 def volume(*size):
@@ -113,11 +117,11 @@ def test_any_volume_comes_back_on_its_own_grid(size, sampling, steps, overlap):
     torch.testing.assert_close(ct, mr, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("roi_size", ((9, 15, 23), (1, 1, 1), (64, 8, 16)))
-def test_window_is_rounded_up_to_what_the_networks_divide_by(roi_size):
+@pytest.mark.parametrize("window_size", ((9, 15, 23), (1, 1, 1), (64, 8, 16)))
+def test_window_is_rounded_up_to_what_the_networks_divide_by(window_size):
     network, mr = Mirror(), volume(30, 20, 25)
-    torch.testing.assert_close(inferer(roi_size=roi_size, sampling="windows")(mr, network), mr, atol=1e-4, rtol=0)
-    expected = tuple(-(-size // 8) * 8 // FACTOR for size in roi_size)
+    torch.testing.assert_close(inferer(window_size=window_size, sampling="windows")(mr, network), mr, atol=1e-4, rtol=0)
+    expected = tuple(-(-size // 8) * 8 // FACTOR for size in window_size)
     assert {tuple(window.shape[1:]) for window in network.windows} == {expected}
 
 
@@ -169,7 +173,7 @@ def test_one_window_over_everything_is_the_forward_of_the_network(sampling):
     network, mr = tiny(), volume(24, 16, 32)
     network.num_inference_steps = 3
     noise = torch.randn(1, 4, 6, 4, 8, generator=torch.Generator().manual_seed(5))
-    ct = inferer(roi_size=(24, 16, 32), sampling=sampling, seed=5, num_inference_steps=3)(mr, network)
+    ct = inferer(window_size=(24, 16, 32), sampling=sampling, seed=5, num_inference_steps=3)(mr, network)
     torch.testing.assert_close(ct, network(mr, noise), atol=1e-5, rtol=0)
 
 
@@ -178,7 +182,7 @@ def test_one_window_over_everything_is_the_forward_of_the_network(sampling):
 @pytest.mark.parametrize("size", ((16, 16, 16), (30, 24, 16)))
 def test_several_samples_are_those_of_single_runs_with_their_mean_and_deviation(sampling, size):
     network, mr = tiny(), volume(*size)
-    settings = {"sampling": sampling, "roi_size": size, "num_inference_steps": 2}
+    settings = {"sampling": sampling, "window_size": size, "num_inference_steps": 2}
     draws = torch.cat([inferer(seed=7 + k, **settings)(mr, network) for k in range(3)])
     assert (draws[0] - draws[1]).abs().max() > 1e-3
     mean, deviation = inferer(seed=7, num_samples=3, **settings)(mr, network)[0]
@@ -352,9 +356,8 @@ def test_meta_tensors_and_masks_of_integers_are_taken():
 @pytest.mark.parametrize(
     "settings, name",
     (
-        ({"sampling": "patches"}, "sampling"),
-        ({"overlap": 1.0}, "overlap"),
-        ({"overlap": -0.1}, "overlap"),
+        ({"sampling": "windows", "overlap": 1.0}, "overlap"),
+        ({"sampling": "windows", "overlap": -0.1}, "overlap"),
         ({"seed": -1}, "seed"),
         ({"num_samples": 0}, "num_samples"),
         ({"output": "median"}, "output"),
@@ -362,7 +365,7 @@ def test_meta_tensors_and_masks_of_integers_are_taken():
 )
 def test_wrong_settings_are_refused(settings, name):
     with pytest.raises(ValueError, match=name):
-        LatentSamplingInferer(**settings)
+        inferer(**settings)
 
 
 @pytest.mark.parametrize("margin", [0, 4, 8])
@@ -375,7 +378,7 @@ def test_a_margin_continues_the_edge_and_is_cut_off_again(margin):
     torch.testing.assert_close(inferer(margin=margin)(mr, network), mr, atol=1e-4, rtol=0)
 
 
-def test_the_road_through_the_denoisers_forward_is_the_same():
+def test_the_way_through_the_denoisers_forward_is_the_same():
     network, mr = tiny(), volume(32, 16, 16)
     expected = inferer(num_inference_steps=2)(mr, network)
     calls = []

@@ -26,7 +26,7 @@ from nibabel.affines import from_matvec
 from nibabel.eulerangles import euler2mat
 from test_volumes import save_series
 
-from bundle.label_app.options import Option, chosen
+from bundle.label_app.options import Options
 from bundle.phantom.command import torso_phantom
 from custom_modules.data.volumes import read_volume
 from custom_modules.errors import InputError
@@ -50,27 +50,30 @@ print(json.dumps(getattr(client, sys.argv[3])(**json.loads(sys.argv[4]))))
 # options
 
 
-OPTIONS = {
-    "steps": Option(1, 1, 1000), "rate": Option(0.5, 0, 1), "window": Option([-1.0, 2.0]), "strict": Option(False),
-    "way": Option("whole", choices=("whole", "windows")),
-}  # fmt: skip
+OPTIONS = Options(
+    {"num_inference_steps": 1, "overlap": 0.5, "hu_window": [-1.0, 2.0], "strict": False, "sampling": "whole"},
+    ["num_inference_steps", "overlap", "hu_window", "strict", "sampling"],
+)  # fmt: skip
 
 
 def test_options_take_text_for_numbers_and_leave_the_rest_of_a_request_alone():
-    request = {"steps": "4", "rate": 1, "window": "[0, 3]", "strict": "true", "way": "windows", "result_dtype": "uint8"}
-    assert chosen(OPTIONS, request) == {"steps": 4, "rate": 1.0, "window": [0.0, 3.0], "strict": True, "way": "windows"}
-    shown = {name: option.shown() for name, option in OPTIONS.items()}
-    assert chosen(OPTIONS, {"window": shown["window"]}) == chosen(OPTIONS, {})
-    assert shown["way"] == ["whole", "windows"]
+    wanted = {"num_inference_steps": 4, "overlap": 0.0, "hu_window": [0.0, 3.0], "strict": True, "sampling": "windows"}
+    request = {"num_inference_steps": "4", "overlap": 0, "hu_window": "[0, 3]", "strict": "true", "sampling": "windows"}
+    assert OPTIONS.chosen({**request, "result_dtype": "uint8"}) == wanted
+    shown = OPTIONS.shown()
+    assert OPTIONS.chosen({"hu_window": shown["hu_window"]}) == OPTIONS.chosen({})
+    assert shown["sampling"] == ["whole", "windows"]
 
 
 @pytest.mark.parametrize(
-    "value", [{"steps": 0}, {"steps": 1.5}, {"steps": "many"}, {"steps": True}, {"steps": [1]}, {"steps": 1e400},
-              {"rate": "NaN"}, {"rate": -0.1}, {"window": 4}, {"window": ["a", 1]}, {"way": "other"}],
+    ("name", "value"),
+    [("num_inference_steps", value) for value in (0, 1.5, "many", True, [1], 1e400)]
+    + [("overlap", "NaN"), ("overlap", -0.1), ("hu_window", 4), ("hu_window", ["a", 1]), ("hu_window", [3, 1]),
+       ("sampling", "other"), ("strict", "perhaps")],
 )  # fmt: skip
-def test_options_refuse_what_they_cannot_be(value):
-    with pytest.raises(InputError, match=next(iter(value))):
-        chosen(OPTIONS, value)
+def test_options_refuse_what_they_cannot_be(name, value):
+    with pytest.raises(InputError, match=name):
+        OPTIONS.chosen({name: value})
 
 
 def test_the_label_environment_has_the_pins_of_the_bundle():
@@ -445,7 +448,7 @@ def test_training_changes_the_weights_and_the_next_inference_uses_them(server, b
         pair = save(tmp_path / f"mr{n}.nii.gz", mr, affine), save(tmp_path / f"ct{n}.nii.gz", ct, affine)
         server.client(tmp_path, "upload_image", image_in=str(pair[0]), image_id=f"pair{n}")
         server.client(tmp_path, "save_label", image_id=f"pair{n}", label_in=str(pair[1]), tag="final")
-    server.client(tmp_path, "train_start", model=MODEL, params={"max_epochs": 1, "steps_per_epoch": 2, "versions": 1})
+    server.client(tmp_path, "train_start", model=MODEL, params={"max_epochs": 1, "steps_per_epoch": 2, "augmented_copies": 1})
     task = server.finished("/train/")
     assert task["status"] == "DONE", task
     stats = server.client(tmp_path, "info")["train_stats"][MODEL]

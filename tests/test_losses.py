@@ -8,7 +8,7 @@ from monai.networks.nets import PatchDiscriminator
 from torch import nn
 
 from custom_modules.training.adversary import Adversary
-from custom_modules.training.losses import AutoencoderLoss, EstimateLoss, LatentDiffusionLoss, ValidL1Loss, has_both
+from custom_modules.training.losses import AutoencoderLoss, EstimateLoss, LatentDiffusionLoss, ValidL1Loss, valid_voxels
 
 
 class Engine:
@@ -103,7 +103,7 @@ def test_the_discriminator_steps_once_per_accumulated_step():
 
 def test_tissue_in_the_mr_and_air_in_the_ct_cannot_teach():
     mr, ct = torch.tensor([-1.0, -1.0, 0.5, 0.5]), torch.tensor([-1.0, -0.2, -1.0, -0.2])
-    assert has_both(mr, ct).tolist() == [True, True, False, True]
+    assert valid_voxels(mr, ct).tolist() == [True, True, False, True]
 
 
 def test_losses_count_only_valid_voxels():

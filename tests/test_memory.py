@@ -46,14 +46,14 @@ def test_memory_that_runs_out_halves_the_work_down_to_the_least():
             raise torch.OutOfMemoryError("CUDA out of memory")
         return amount
 
-    assert memory.shrinking(work, 16, 3, "windows") == 3 and tried == [16, 8, 4, 3]
+    assert memory.halve_when_out_of_memory(work, 16, 3, "windows") == 3 and tried == [16, 8, 4, 3]
     with pytest.raises(InputError, match="even with 5 windows"):
-        memory.shrinking(work, 16, 5, "windows")
+        memory.halve_when_out_of_memory(work, 16, 5, "windows")
 
 
 def test_the_allocator_of_the_cpu_is_understood():
     with pytest.raises(InputError, match="out of memory"):
-        memory.shrinking(lambda amount: torch.empty(2**60), 1, 1, "windows")
+        memory.halve_when_out_of_memory(lambda amount: torch.empty(2**60), 1, 1, "windows")
 
 
 def test_without_nvml_the_cuda_runtime_is_asked(monkeypatch):
@@ -99,6 +99,6 @@ def test_what_has_no_header_is_left_to_the_reader(tmp_path):
 
 def test_the_figures_of_a_gpu_need_nothing_but_pytorch_and_monai():
     blocked = "itk nibabel pydicom psutil pynvml skimage ignite pywt pytorch_wavelets matplotlib yaml".split()
-    program = f"import sys; sys.path.insert(0, 'benchmarks'); sys.modules.update(dict.fromkeys({blocked!r})); import road"
+    program = f"import sys; sys.path.insert(0, 'benchmarks'); sys.modules.update(dict.fromkeys({blocked!r})); import pipeline"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

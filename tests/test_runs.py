@@ -17,7 +17,7 @@ from ignite.engine import Engine, Events
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from custom_modules.training.checkpoints import BestWeights, Checkpoints
+from custom_modules.training.checkpoints import BestWeights, CheckpointSaver
 from custom_modules.training.handlers import (
     AfterStep,
     GradientClipping,
@@ -26,7 +26,7 @@ from custom_modules.training.handlers import (
     StopOnNonFinite,
     handlers_of_rank,
 )
-from custom_modules.training.record import write_record
+from custom_modules.training.record import RunRecord, write_record
 
 LONG = {"steps_per_epoch": 4, "max_epochs": 3, "val_interval": 2, "checkpoint_interval": 3}
 
@@ -87,16 +87,16 @@ def killed(when: str, iteration: int, name: str, settings: dict) -> None:
 @pytest.mark.parametrize(
     ("name", "when"),
     [
-        ("train_autoencoder", "step"),
+        ("train+train_autoencoder", "step"),
         ("train", "checkpoint"),
-        pytest.param("train_autoencoder", "checkpoint", marks=pytest.mark.slow),
+        pytest.param("train+train_autoencoder", "checkpoint", marks=pytest.mark.slow),
         pytest.param("train", "step", marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_resumes_on_the_curve_of_the_uninterrupted_one(name, when, phantoms, trained, tmp_path):
     settings = {**TRAINING, **LONG, "dataset_dir": str(phantoms), "check_data": False}
     if name == "train":
-        settings |= {"autoencoder": str(trained / "ae/autoencoder.pt"), "versions": 2}
+        settings |= {"autoencoder_checkpoint": str(trained / "ae/autoencoder.pt"), "augmented_copies": 2}
     expected = losses_of(train_workflow(name, **settings, output_dir=str(tmp_path / "whole")))
     assert list(expected) == list(range(1, 13))
     folder = tmp_path / "killed"
@@ -116,12 +116,12 @@ def test_a_killed_run_resumes_on_the_curve_of_the_uninterrupted_one(name, when, 
     assert not list(folder.glob(".partial-*"))
 
 
-@pytest.mark.parametrize("name", ["train_autoencoder", "train"])
+@pytest.mark.parametrize("name", ["train+train_autoencoder", "train"])
 def test_two_processes_train_as_one_that_accumulates(name, phantoms, trained, tmp_path):
     settings = {**TRAINING, "dataset_dir": str(phantoms), "check_data": False, "steps_per_epoch": 3, "amp": False}
     settings |= {"max_epochs": 2, "val_interval": 2}
     if name == "train":
-        settings |= {"autoencoder": str(trained / "ae/autoencoder.pt"), "versions": 1}
+        settings |= {"autoencoder_checkpoint": str(trained / "ae/autoencoder.pt"), "augmented_copies": 1}
     train(name, **settings, accumulation=2, output_dir=str(tmp_path / "one"))
     files = [str(ROOT / "configs" / f"{n}.yaml") for n in (name, "multi_gpu_train")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "monai.bundle"]
@@ -142,18 +142,18 @@ def test_two_processes_train_as_one_that_accumulates(name, phantoms, trained, tm
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(trained, phantoms):
     with pytest.raises(SystemExit, match="holds a run already; go on with --resume true"):
-        train("train_autoencoder", **TRAINING, dataset_dir=str(phantoms), output_dir=str(trained / "ae"))
+        train("train+train_autoencoder", **TRAINING, dataset_dir=str(phantoms), output_dir=str(trained / "ae"))
 
 
 def test_a_complete_run_says_so(trained, phantoms):
     with pytest.raises(SystemExit, match="the run is complete; give a larger --max_epochs"):
-        train("train_autoencoder", **TRAINING, dataset_dir=str(phantoms), output_dir=str(trained / "ae"), resume=True)
+        train("train+train_autoencoder", **TRAINING, dataset_dir=str(phantoms), output_dir=str(trained / "ae"), resume=True)
 
 
 def test_a_checkpoint_of_another_network_is_refused(trained, phantoms):
     other = {**TRAINING, "autoencoder_channels": [8, 24], "max_epochs": 9}
     with pytest.raises(SystemExit, match="of another model or config"):
-        train("train_autoencoder", **other, dataset_dir=str(phantoms), output_dir=str(trained / "ae"), resume=True)
+        train("train+train_autoencoder", **other, dataset_dir=str(phantoms), output_dir=str(trained / "ae"), resume=True)
 
 
 class Trainer(Engine):
@@ -168,7 +168,7 @@ class Trainer(Engine):
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog):
     network, engine = nn.Linear(2, 2), Trainer()
-    checkpoints = Checkpoints(tmp_path, {"network": network}, interval=1)
+    checkpoints = CheckpointSaver(tmp_path, {"network": network}, interval=1)
     for iteration in (1, 2):
         engine.state.iteration = iteration
         nn.init.constant_(network.weight, iteration)
@@ -182,7 +182,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path):
-    checkpoints, engine = Checkpoints(tmp_path, {"network": nn.Linear(1, 1)}, interval=1, keep=2), Trainer()
+    checkpoints, engine = CheckpointSaver(tmp_path, {"network": nn.Linear(1, 1)}, interval=1, keep=2), Trainer()
     for iteration in (9, 10, 100):
         engine.state.iteration = iteration
         checkpoints.save(engine)
@@ -191,7 +191,7 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
 
 def test_resuming_nothing_starts_from_the_beginning(tmp_path):
     engine = Trainer()
-    Checkpoints(tmp_path, {}, interval=1).begin(engine, resume=True)
+    CheckpointSaver(tmp_path, {}, interval=1).begin(engine, resume=True)
     assert engine.state.iteration == 0
 
 
@@ -255,7 +255,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step_and_names_the_p
             bad = weights["iteration"] == 2
             return output[0].square().mean() * (float("nan") if bad else 1.0)
 
-    workflow = train_workflow("train_autoencoder", **TRAINING, dataset_dir=str(phantoms), output_dir=str(tmp_path))
+    workflow = train_workflow("train+train_autoencoder", **TRAINING, dataset_dir=str(phantoms), output_dir=str(tmp_path))
     workflow.parser["checkpoint_interval"] = 1
     trainer = workflow.parser.get_parsed_content("train#trainer")
     trainer.loss_function = Poison()
@@ -280,9 +280,9 @@ def test_only_the_first_rank_writes(tmp_path):
 
 
 def test_the_record_says_what_ran_and_grows_when_resumed(tmp_path):
-    settings = {"batch_size": 2, "roi_size": [8, 8], "network": nn.Linear(1, 1), "name": "x"}
-    write_record(tmp_path, settings, data="abc")
-    write_record(tmp_path, settings, rank=1)
+    settings = {"batch_size": 2, "roi_size": [8, 8], "name": "x"}
+    write_record(tmp_path, settings, data_sha256="abc")
+    RunRecord(tmp_path, rank=1).write()
     (record,) = json.loads((tmp_path / "run.json").read_text())
     assert record["settings"] == {"batch_size": 2, "roi_size": [8, 8], "name": "x"}
     assert record["data_sha256"] == "abc" and torch.__version__.startswith(record["versions"]["torch"].split("+")[0])

@@ -12,7 +12,7 @@ from conftest import files_in, full_disk, ramp, save
 
 from custom_modules.files import sha256, write_json
 
-SMALL_WINDOWS = {"roi_size": [16, 16, 16], "tile_size": [32, 32, 32]}
+SMALL_WINDOWS = {"window_size": [16, 16, 16]}
 
 
 def test_the_record_says_of_what_by_what_and_how(tmp_path, infer, checkpoint):

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from custom_modules.tiling import tile_size, tiles, times
+from custom_modules.tiling import scale_box, tile_size, tiles
 
 SIZES = ((24, 16, 40), (16, 16, 16), (5, 40, 9), (4, 4, 4))
 
@@ -40,4 +40,4 @@ def test_no_other_tile_that_fits_computes_less(size, halo, voxels):
 
 
 def test_a_box_on_a_finer_grid():
-    assert times((slice(1, 3), slice(0, 2)), 4) == (slice(4, 12), slice(0, 8))
+    assert scale_box((slice(1, 3), slice(0, 2)), 4) == (slice(4, 12), slice(0, 8))

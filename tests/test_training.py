@@ -21,13 +21,13 @@ from custom_modules.training.batches import (
     SynthesisPrepareBatch,
 )
 from custom_modules.training.latents import LatentDataset
-from custom_modules.training.losses import has_both
+from custom_modules.training.losses import valid_voxels
 
 
 def latents(phantoms, network, **kwargs):
     parser = train_workflow("train", **TRAINING, dataset_dir=str(phantoms)).parser
     data, transform = (parser.get_parsed_content(f"train#{key}") for key in ("dataset_data", "preprocessing"))
-    dataset = LatentDataset(data[:3], transform, network, roi_size=[32, 32, 32], versions=2, **kwargs)
+    dataset = LatentDataset(data[:3], transform, network, roi_size=[32, 32, 32], copies=2, **kwargs)
     dataset.encode()
     return dataset
 
@@ -93,7 +93,7 @@ def test_half_of_a_fine_tuning_batch_starts_where_sampling_does():
 def test_a_regression_batch_is_mr_ct_and_where_the_pair_is_valid():
     batch = {key: torch.rand(2, 1, 4, 4, 4) * 2 - 1 for key in ("image", "label")}
     mr, (ct, valid) = SynthesisPrepareBatch()(batch, "cpu")
-    assert torch.equal(mr, batch["image"]) and torch.equal(ct, batch["label"]) and torch.equal(valid, has_both(mr, ct))
+    assert torch.equal(mr, batch["image"]) and torch.equal(ct, batch["label"]) and torch.equal(valid, valid_voxels(mr, ct))
 
 
 def test_stage_one_validates_the_reconstruction_of_the_ct():
@@ -151,7 +151,7 @@ def test_all_stages_train_and_leave_weights_that_load_strictly(trained):
 
 def test_the_unet_baseline_trains_and_infers_by_the_same_overlay(phantoms, infer, tmp_path):
     small = {key: value for key, value in TRAINING.items()}
-    train("train_autoencoder+baselines/unet", **small, dataset_dir=str(phantoms), output_dir=str(tmp_path / "unet"),
+    train("train+train_autoencoder+baselines/unet", **small, dataset_dir=str(phantoms), output_dir=str(tmp_path / "unet"),
           **{"network_def#channels": [4, 8], "network_def#strides": [2]})
     workflow = ConfigWorkflow(
         config_file=["configs/inference.yaml", "configs/baselines/unet.yaml"], workflow_type="infer", logging_file=False,
@@ -167,7 +167,7 @@ def test_the_unet_baseline_trains_and_infers_by_the_same_overlay(phantoms, infer
 @pytest.mark.parametrize("name", ["vanilla", "wrm", "wrm_smd"])
 def test_an_ablation_leaves_out_what_it_says(name, phantoms, tmp_path):
     overlay = f"ablations/{name}"
-    parser = train_workflow(f"train_autoencoder+{overlay}", **TRAINING, dataset_dir=str(phantoms)).parser
+    parser = train_workflow(f"train+train_autoencoder+{overlay}", **TRAINING, dataset_dir=str(phantoms)).parser
     blocks = {type(module).__name__ for module in parser.get_parsed_content("network_def").modules()}
     assert ("WaveletResidualModule" in blocks) == (name != "vanilla")
     assert (parser.get_parsed_content("loss").disentanglement_weight > 0) == (name == "wrm_smd")
@@ -177,9 +177,9 @@ def test_an_ablation_leaves_out_what_it_says(name, phantoms, tmp_path):
 
 def test_the_papers_settings_train_and_sample_finite(phantoms, tmp_path):
     small = {**TRAINING, "autoencoder_channels": [4, 8, 8], "autoencoder_blocks": [1, 1, 1], "dataset_dir": str(phantoms)}
-    train("train_autoencoder+paper", **small, output_dir=str(tmp_path / "ae"))
+    train("train+train_autoencoder+paper", **small, output_dir=str(tmp_path / "ae"))
     workflow = train(
-        "train+paper", **small, versions=1, autoencoder=str(tmp_path / "ae/autoencoder.pt"), output_dir=str(tmp_path / "ldm")
+        "train+paper", **small, augmented_copies=1, autoencoder_checkpoint=str(tmp_path / "ae/autoencoder.pt"), output_dir=str(tmp_path / "ldm")
     )
     schedule = workflow.parser.get_parsed_content("schedule")
     assert schedule.prediction == "epsilon" and float(schedule.betas[-1]) == pytest.approx(0.2)

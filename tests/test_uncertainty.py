@@ -19,7 +19,7 @@ from custom_modules.inference.calibration import Calibration, SplitSpreadd
 RNG = np.random.default_rng(0)
 SD = RNG.uniform(10, 100, 20000)
 ERROR = RNG.normal(0, SD)  # exactly what the spread says
-SMALL_WINDOWS = {"roi_size": [16, 16, 16], "tile_size": [32, 32, 32]}
+SMALL_WINDOWS = {"window_size": [16, 16, 16]}
 
 
 def test_scale_worked_out_by_hand():

@@ -9,8 +9,9 @@ import torch
 from conftest import files_in, tiny_network
 from torch import nn
 
+from bundle.release.ship import ship
 from custom_modules.errors import InputError
-from custom_modules.networks.weights import load_weights, load_weights_or_stop, save_weights
+from custom_modules.networks.weights import load_weights, load_weights_or_stop, read_weights, save_weights
 
 
 @pytest.fixture
@@ -68,6 +69,35 @@ def test_another_hu_window_is_refused(tmp_path, network):
     other.hu_window.copy_(torch.tensor([-800.0, 800.0]))
     with pytest.raises(InputError, match=r"-1000.*1600.*-800.*800"):
         load_weights(other, tmp_path / "model.pt")
+
+
+TRAINED_WITH = {"spacing": [2.0, 2.0, 2.0], "mr_window": (0.0, 1250.0), "attention_window": 64}
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"spacing": [1.0, 1.0, 1.0]}, r"spacing \[2.0, 2.0, 2.0\], not \[1.0, 1.0, 1.0\]"),
+        ({"mr_window": [0, 500]}, "mr_window"),
+        ({"attention_window": 128}, "attention_window 64, not 128"),
+    ],
+)
+def test_weights_refuse_other_settings_than_they_were_trained_with(tmp_path, network, other, message):
+    path = tmp_path / "model.pt"
+    save_weights(network, path, trained_with=TRAINED_WITH)
+    load_weights(tiny_network(), path, {**TRAINED_WITH, "mr_window": [0, 1250], "something_new": 1})
+    load_weights(tiny_network(), path)
+    with pytest.raises(InputError, match=f"{path}: trained with .*{message}") as error:
+        load_weights(tiny_network(), path, {**TRAINED_WITH, **other})
+    assert "\n" not in str(error.value)
+
+
+def test_shipping_copies_the_weights_of_any_network_and_what_they_were_trained_with(tmp_path):
+    network = nn.Conv3d(1, 2, 3)
+    save_weights(network, tmp_path / "run.pt", torch.float32, TRAINED_WITH)
+    ship(str(tmp_path / "run.pt"), str(tmp_path / "model.pt"))
+    state, trained_with = read_weights(tmp_path / "model.pt")
+    assert trained_with["mr_window"] == [0.0, 1250.0] and torch.equal(state["weight"], network.weight.half())
 
 
 def test_the_answer_is_the_sha256_of_the_file(tmp_path, network):

@@ -15,7 +15,7 @@ from monai.bundle import ConfigWorkflow
 
 from bundle.compare.report import SCORES, write_report
 from bundle.montage import montage
-from bundle.workflow import ROOT
+from bundle.workflow import ROOT, inference_workflow
 from custom_modules.data.pairs import check_pairs_or_stop, load_pairs
 from custom_modules.data.volumes import read_volume
 from custom_modules.errors import InputError, one_line
@@ -48,8 +48,11 @@ class System:
     settings: Mapping[str, Any] = field(default_factory=dict)  # of inference.yaml
 
 
+FIRST = ("train", "train_autoencoder")  # the first stage, and what the baselines are overlays on
+
+
 def _regression(name: str, title: str, *overlays: str) -> System:
-    return System(title, [Stage(name, ["train_autoencoder", *overlays])], overlays)
+    return System(title, [Stage(name, [*FIRST, *overlays])], overlays)
 
 
 SLICES = "baselines/slices"
@@ -71,34 +74,34 @@ def _project(name: str, title: str, *overlay: str, autoencoder: str | None = Non
     """This project's three stages, with an ablation; ``autoencoder``: whose first stage is the same."""
     first = f"{autoencoder or name}_autoencoder"
     stages = [
-        Stage(first, ["train_autoencoder", *overlay], 0.35, {"best_weights": "model.pt"}),
-        Stage(f"{name}_diffusion", ["train", *overlay], 0.35, {"autoencoder": f"{{runs}}/{first}/model.pt"}),
-        Stage(name, ["train", "finetune", *overlay], 0.3, {"checkpoint": f"{{runs}}/{name}_diffusion/model.pt"}),
+        Stage(first, [*FIRST, *overlay], 0.35, {"best_weights": "model.pt"}),
+        Stage(f"{name}_diffusion", ["train", *overlay], 0.35, {"autoencoder_checkpoint": f"{{runs}}/{first}/model.pt"}),
+        Stage(name, ["train", "finetune", *overlay], 0.3, {"initial_checkpoint": f"{{runs}}/{name}_diffusion/model.pt"}),
     ]
     return System(title, stages, overlay)
 
 
-KL_2D = Stage("kl_2d", ["train_autoencoder", *KL], 0.3)
-KL_3D = Stage("kl_3d", ["train_autoencoder", *KL, "baselines/stable_dm_3d"], 0.4)
+KL_2D = Stage("kl_2d", [*FIRST, *KL], 0.3)
+KL_3D = Stage("kl_3d", [*FIRST, *KL, "baselines/stable_dm_3d"], 0.4)
 NO_MR = {**_encoded("{runs}/kl_2d/model.pt"), "network_def#condition": "none", "network_def#controlnet": None}
 LOCKED = {
     "_target_": "custom_modules.baselines.diffusion.add_controlnet", "network": "@network_def", "path": "{runs}/ldm_2d/model.pt"
 }  # fmt: skip
 
 SYSTEMS = {
-    "ddpm": System("DDPM", [Stage("ddpm", ["train_autoencoder", *PIXEL, AVERAGE])], PIXEL),
-    "ddim": System("DDIM", [Stage("ddpm", ["train_autoencoder", *PIXEL, AVERAGE])], (*PIXEL, "baselines/ddim")),
+    "ddpm": System("DDPM", [Stage("ddpm", [*FIRST, *PIXEL, AVERAGE])], PIXEL),
+    "ddim": System("DDIM", [Stage("ddpm", [*FIRST, *PIXEL, AVERAGE])], (*PIXEL, "baselines/ddim")),
     "stable_dm_2d": System(
         "StableDM-2D",
-        [KL_2D, Stage("stable_dm_2d", ["train_autoencoder", *LATENT, AVERAGE], 0.7, _encoded("{runs}/kl_2d/model.pt"))],
+        [KL_2D, Stage("stable_dm_2d", [*FIRST, *LATENT, AVERAGE], 0.7, _encoded("{runs}/kl_2d/model.pt"))],
         LATENT,
     ),
     "controlnet": System(
         "ControlNet",
         [
             KL_2D,
-            Stage("ldm_2d", ["train_autoencoder", *CONTROL, AVERAGE], 0.35, NO_MR),
-            Stage("controlnet", ["train_autoencoder", *CONTROL, AVERAGE], 0.35, {"start": LOCKED}),
+            Stage("ldm_2d", [*FIRST, *CONTROL, AVERAGE], 0.35, NO_MR),
+            Stage("controlnet", [*FIRST, *CONTROL, AVERAGE], 0.35, {"initial_network": LOCKED}),
         ],
         CONTROL,
     ),
@@ -106,7 +109,7 @@ SYSTEMS = {
         "StableDM-3D",
         [
             KL_3D,
-            Stage("stable_dm_3d", ["train_autoencoder", *LATENT_3D, AVERAGE], 0.6, _encoded("{runs}/kl_3d/model.pt")),
+            Stage("stable_dm_3d", [*FIRST, *LATENT_3D, AVERAGE], 0.6, _encoded("{runs}/kl_3d/model.pt")),
         ],
         LATENT_3D,
     ),
@@ -231,8 +234,8 @@ def evaluate(
     chosen = {key: settings[key] for key in ("device", "amp") if key in settings}
     chosen |= {**system.settings, "checkpoint": str(output_dir / "runs" / system.stages[-1].folder / "model.pt")}
     evaluation = Evaluation(
-        str(dataset_dir), str(datalist), "test", str(folder), str(ROOT), config=overlays, name=name,
-        settings={**chosen, "guard_statistics": ""},
+        str(dataset_dir), str(datalist), "test", str(folder), config=overlays, name=name,
+        settings={**chosen, "guard_statistics": "null"},
     )  # fmt: skip
     evaluation.synthesize()
     rows = [row for row in evaluation.score() if row["system"] == name]
@@ -240,10 +243,7 @@ def evaluate(
     if all(row["problem"] for row in rows):
         raise InputError(rows[0]["problem"])
     sidecars = [json.loads((folder / f"{row['patient']}_sct.json").read_text()) for row in rows if "sct" in row]
-    workflow = ConfigWorkflow(
-        config_file=[str(ROOT / "configs" / "inference.yaml"), *overlays], workflow_type="infer", logging_file=False,
-        **system.settings,
-    )  # fmt: skip
+    workflow = inference_workflow(overlays, logging_file=False, **system.settings)
     network = workflow.parser.get_parsed_content("network_def")
     return {
         "rows": [{key: row.get(key) for key in ("patient", "problem", *SCORES)} for row in rows],

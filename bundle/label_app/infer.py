@@ -14,13 +14,14 @@ from monai.bundle import ConfigParser
 from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
-from bundle.label_app.options import Option, chosen
+from bundle.label_app.options import Options
 from bundle.label_app.studies import Studies, called, check_name, check_volume_file
 from bundle.workflow import ROOT, inference_workflow
 from custom_modules.data.volumes import EXTENSIONS, beside
 from custom_modules.errors import InputError
-from custom_modules.settings import is_on
+from custom_modules.settings import Setting
 
+KEEP = Setting("bool", "keep the synthetic CT in the studies folder")
 UNCERTAINTY = "uncertainty"  # label tag of the samples' standard deviation
 
 
@@ -36,18 +37,12 @@ class Synthesis(InferTask):
 
     def __init__(self, studies: Studies, checkpoint: Callable[[], Path]) -> None:
         config = ConfigParser.load_config_file(str(ROOT / "configs" / "inference.yaml"))
-        self.options = {
-            "num_inference_steps": Option(config["num_inference_steps"], 1, config["num_train_timesteps"]),
-            "num_samples": Option(config["num_samples"], 1, 64),
-            "seed": Option(config["seed"], 0, 2**53),  # what JSON carries exactly
-            "output": Option(config["output"], choices=("mean", "sample")),
-            "sampling": Option(config["sampling"], choices=("whole", "windows")),
-            "hu_window": Option(config["hu_window"]),
-            "strict": Option(config["strict"]),
-        }
+        self.options = Options(
+            config, ["num_inference_steps", "num_samples", "seed", "output", "sampling", "hu_window", "strict"],
+            {"save_label": (KEEP, False), "save_image": (KEEP, False)},
+        )  # fmt: skip
         description = "Synthetic CT in Hounsfield units from MR, a scalar volume on the MR's grid"
-        shown = {name: option.shown() for name, option in self.options.items()}
-        super().__init__(InferType.OTHERS, None, 3, description, {**shown, "save_label": False, "save_image": False})
+        super().__init__(InferType.OTHERS, None, 3, description, self.options.shown())
         self.studies, self.checkpoint, self.lock = studies, checkpoint, Lock()
 
     def is_valid(self) -> bool:
@@ -66,7 +61,8 @@ class Synthesis(InferTask):
         Raises:
             InputError: for an option, image or weights that cannot be used.
         """
-        settings = chosen(self.options, request)
+        settings = self.options.chosen(request)
+        save_label, save_image = settings.pop("save_label"), settings.pop("save_image")
         image_id, path = self.studies.resolve(str(request.get("image") or ""))
         tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL
         tag = str(tag.value if isinstance(tag, DefaultLabelTag) else tag)
@@ -80,9 +76,9 @@ class Synthesis(InferTask):
             with tempfile.TemporaryDirectory(prefix="result") as folder:
                 made, result = Path(folder) / f"sct{extension}", f"{folder}_sct{extension}"
                 answer = self._run({"image": volume["image"], "output": made.name}, folder, settings)
-                if image_id and is_on(request.get("save_label", False)):
+                if image_id and save_label:
                     self.studies.keep(image_id, made, tag, {"params": answer})
-                if image_id and is_on(request.get("save_image", False)):
+                if image_id and save_image:
                     self.studies.add_image(f"{image_id}_sct", str(made), {"params": answer})
                 if image_id and beside(made, "_sd").exists():
                     answer["uncertainty"] = {"label": image_id, "tag": UNCERTAINTY, "units": "HU"}

@@ -89,13 +89,13 @@ class SyntheticCTApp(MONAILabelApp):
         server.middleware_stack = server.build_middleware_stack()  # it stood before the app was made
         super().on_init_complete()
 
-    def known(self, model: str | None) -> None:
+    def check_model(self, model: str | None) -> None:
         """Raise NotFound unless there is such a model."""
         if model not in self._infers:
             raise NotFound(f"no model '{model}'; there is {', '.join(self._infers)}")
 
     def infer(self, request: dict[str, Any], datastore: Studies | None = None) -> dict[str, Any]:
-        self.known(request.get("model"))
+        self.check_model(request.get("model"))
         file, params = self._infers[request["model"]](request)
         return {"label": file, "file": file, "tag": request.get("label_tag"), "params": params}
 
@@ -108,12 +108,12 @@ class SyntheticCTApp(MONAILabelApp):
     def bundle_path(self, model: str | None) -> str | None:
         """Asked for before a task goes to the background: the last place to refuse an unknown model in the answer."""
         if model is not None:
-            self.known(model)
+            self.check_model(model)
         return None
 
     def model_file(self, model: str, validate: bool = True) -> str | None:
         """The weights that clients may load, replace and delete: the app's own, never the bundle's."""
-        self.known(model)
+        self.check_model(model)
         own = self.folder / "model.pt"
         return str(own) if own.is_file() or not validate else None
 

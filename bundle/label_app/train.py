@@ -14,12 +14,14 @@ from monai.data import partition_dataset
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 
-from bundle.label_app.options import Option, chosen
+from bundle.label_app.options import Options
 from bundle.release.ship import ship
 from bundle.workflow import ROOT
 from custom_modules.errors import InputError
 from custom_modules.files import sha256, write_json
+from custom_modules.settings import Setting
 
+VAL_SPLIT = Setting("float", "share of the pairs that validation gets", low=0.01, high=0.9)
 CONFIGS = [str(ROOT / "configs" / name) for name in ("train.yaml", "finetune.yaml")]
 
 
@@ -34,20 +36,13 @@ class FineTuning(TrainTask):
     def __init__(self, weights: Path, checkpoint: Callable[[], Path]) -> None:
         super().__init__("Fine-tunes denoiser and decoder on the MR/CT pairs of the studies folder")
         config = ConfigParser.load_config_files(CONFIGS)
-        self.options = {
-            "max_epochs": Option(config["max_epochs"], 1, 10000),
-            "steps_per_epoch": Option(config["steps_per_epoch"], 1, 10000),
-            "batch_size": Option(config["batch_size"], 1, 64),
-            "versions": Option(config["versions"], 1, 1000),
-            "learning_rate": Option(config["learning_rate"], 1e-7, 1.0),
-            "seed": Option(config["seed"], 0, 2**32 - 1),
-            "val_split": Option(0.2, 0.01, 0.9),
-        }
+        names = ["max_epochs", "steps_per_epoch", "batch_size", "augmented_copies", "learning_rate", "seed"]
+        self.options = Options(config, names, {"val_split": (VAL_SPLIT, 0.2)})
         self.val_interval = config["val_interval"]
         self.weights, self.checkpoint = weights, checkpoint
 
     def config(self) -> dict[str, Any]:
-        return {name: option.shown() for name, option in self.options.items()}
+        return self.options.shown()
 
     def stats(self) -> dict[str, Any]:
         """What is known of the weights that the last training left."""
@@ -60,7 +55,7 @@ class FineTuning(TrainTask):
         Raises:
             InputError: for fewer than two pairs, or what the training refuses in them.
         """
-        settings = chosen(self.options, request)
+        settings = self.options.chosen(request)
         training, validation = split(datastore.datalist(), settings.pop("val_split"), settings["seed"])
         settings["batch_size"] = min(settings["batch_size"], len(training))
         run, start = self.weights.with_name("training"), self.checkpoint()
@@ -68,7 +63,7 @@ class FineTuning(TrainTask):
         shutil.rmtree(run, ignore_errors=True)
         write_json({"training": training, "validation": validation}, run / "datalist.json")
         workflow = ConfigWorkflow(
-            config_file=CONFIGS, workflow_type="train", logging_file=False, checkpoint=str(start), output_dir=str(run),
+            config_file=CONFIGS, workflow_type="train", logging_file=False, initial_checkpoint=str(start), output_dir=str(run),
             dataset_dir=str(run), datalist=str(run / "datalist.json"),
             val_interval=min(self.val_interval, settings["max_epochs"]), **settings,
         )  # fmt: skip

@@ -32,11 +32,11 @@ STEP = {
     "roi_size": [32, 32, 32], "amp": False, "batch_size": 2, "steps_per_epoch": 1, "max_epochs": 1, "val_interval": 1,
 }  # fmt: skip
 STAGES = {
-    "train_autoencoder": {"adversarial_warmup": 0},
-    "train": {"versions": 1, "autoencoder": "train_autoencoder/autoencoder.pt"},
-    "train+finetune": {"versions": 1, "checkpoint": "train/model.pt"},
+    "train+train_autoencoder": {"adversarial_warmup": 0},
+    "train": {"augmented_copies": 1, "autoencoder_checkpoint": "train+train_autoencoder/autoencoder.pt"},
+    "train+finetune": {"augmented_copies": 1, "initial_checkpoint": "train/model.pt"},
 }
-WORKFLOWS = ("inference", "train", "train_autoencoder", "train+finetune", "train+evaluate")
+WORKFLOWS = ("inference", "train", "train+train_autoencoder", "train+finetune", "train+evaluate")
 
 
 class Failure(Exception):
@@ -185,9 +185,10 @@ def check_loading(root: Path) -> str:
     from monai.bundle import load
 
     from custom_modules.networks.synthesizer import Synthesizer
+    from custom_modules.networks.weights import read_weights
 
     network = load(root.name, model=Synthesizer(), bundle_dir=str(root.parent), device="cpu")
-    for key, value in torch.load(root / "models" / "model.pt", weights_only=True).items():
+    for key, value in read_weights(root / "models" / "model.pt")[0].items():
         if not torch.equal(network.state_dict()[key], value.float()):
             raise Failure(f"{key} is not what models/model.pt holds")
     return ""

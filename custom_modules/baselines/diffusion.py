@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from custom_modules.networks.weights import load_weights_or_stop
 from custom_modules.tiling import pad_to_windows
-from custom_modules.training.losses import has_both
+from custom_modules.training.losses import valid_voxels
 
 CONDITIONS = ("concat", "crossattn", "controlnet", "none")
 
@@ -125,7 +125,7 @@ def add_controlnet(network: ConditionalDiffusion, path: str) -> ConditionalDiffu
 
 
 class NoiseLoss(nn.Module):
-    """L2 between predicted and true noise, or velocity, where the pair is valid (:func:`~custom_modules.training.losses.has_both`): over
+    """L2 between predicted and true noise, or velocity, where the pair is valid (:func:`~custom_modules.training.losses.valid_voxels`): over
     latent voxels that hold at most one invalid voxel in twenty."""
 
     def forward(self, output: tuple[Tensor, Tensor], valid: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class PairedPrepareBatch(PrepareBatch):
         self, batchdata: Mapping[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
     ) -> tuple[Tensor, Tensor, tuple, dict]:
         mr, ct = (convert_to_tensor(batchdata[k], track_meta=False).to(device) for k in ("image", "label"))
-        return mr, has_both(mr, ct), (ct,), {}
+        return mr, valid_voxels(mr, ct), (ct,), {}
 
 
 class SlicePrepareBatch(PrepareBatch):

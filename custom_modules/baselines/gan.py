@@ -12,7 +12,7 @@ from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
 from custom_modules.training.adversary import Adversary
-from custom_modules.training.losses import ValidL1Loss, has_both
+from custom_modules.training.losses import ValidL1Loss, valid_voxels
 
 
 class PairAdversary(Adversary):
@@ -42,7 +42,7 @@ class Pix2PixPrepareBatch(PrepareBatch):
         self, batchdata: Mapping[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         mr, ct = (convert_to_tensor(batchdata[key], track_meta=False).to(device) for key in ("image", "label"))
-        return mr, (ct, has_both(mr, ct), mr)
+        return mr, (ct, valid_voxels(mr, ct), mr)
 
 
 class CycleGAN(nn.Module):

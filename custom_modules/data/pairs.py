@@ -19,7 +19,6 @@ from custom_modules.data.hu import check_hu
 from custom_modules.data.volumes import EXTENSIONS, read_volume
 from custom_modules.errors import InputError, stop
 from custom_modules.files import sha256
-from custom_modules.settings import is_on
 
 Pair = dict[str, str]
 
@@ -67,7 +66,17 @@ def load_pairs_or_stop(*args: Any, **kwargs: Any) -> dict[str, list[Pair]]:
         stop(str(error))
 
 
-def check_pairs_or_stop(pairs: Mapping[str, Sequence[Pair]], batch_size: int, check_data: bool | str = True) -> str:
+class DataCheck:
+    """:func:`check_pairs_or_stop` for configs: :meth:`run` it before training; then ``fingerprint`` identifies the data."""
+
+    def __init__(self, pairs: Mapping[str, Sequence[Pair]], batch_size: int, check_data: bool = True) -> None:
+        self.pairs, self.batch_size, self.check_data, self.fingerprint = pairs, batch_size, check_data, ""
+
+    def run(self) -> None:
+        self.fingerprint = check_pairs_or_stop(self.pairs, self.batch_size, self.check_data)
+
+
+def check_pairs_or_stop(pairs: Mapping[str, Sequence[Pair]], batch_size: int, check_data: bool = True) -> str:
     """End the program with a list of what is wrong with ``pairs``, by file, before any training.
 
     Every volume is read once: each must be readable, MR and CT of a pair on one grid, the CT in HU, the MR not a CT;
@@ -86,7 +95,7 @@ def check_pairs_or_stop(pairs: Mapping[str, Sequence[Pair]], batch_size: int, ch
     if pairs["training"] and patients < batch_size:
         problems.append(f"a batch needs {batch_size} different patients, the training split has {patients}")
     digests: list[str] = [""] * len(items)
-    if is_on(check_data):
+    if check_data:
         with ThreadPoolExecutor(4) as pool:
             results = pool.map(lambda item: _inspect(item[1]), items)
             for n, (found, digest) in enumerate(tqdm(results, desc="checking", total=len(items), unit="pair")):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,11 @@ class SeededDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def sizes(self) -> list[int]:
+        """Voxels of each item: the dataset's own ``sizes``, or those of the images that a ``CacheDataset`` holds."""
+        return self.dataset.sizes if hasattr(self.dataset, "sizes") else [i["image"].numel() for i in self.dataset._cache]
+
     def __getitem__(self, key: tuple[int, int]) -> Any:
         index, seed = key
         self.random.set_random_state(seed)
@@ -45,9 +50,9 @@ class DistinctPatientSampler(Sampler[list[tuple[int, int]]]):
     one optimiser step (``accumulation`` in turn, one a rank) share no patient as long as there are enough.
 
     Args:
-        sizes: gives the voxels of each patient's volume, in the dataset's order; asked when an epoch starts.
-        batch_size: patients a batch, at least 2 where the disentanglement loss is used.
-        batches: batches of this rank an epoch.
+        dataset: with the ``sizes`` of the patients' volumes in voxels, which are read when an epoch starts.
+        batch_size: patients per batch, at least 2 where the disentanglement loss is used.
+        batches: batches of this rank per epoch.
         accumulation: batches of a rank that make up one optimiser step.
         rank, world_size: of this process.
 
@@ -57,7 +62,7 @@ class DistinctPatientSampler(Sampler[list[tuple[int, int]]]):
 
     def __init__(
         self,
-        sizes: Callable[[], Sequence[int]],
+        dataset: Any,
         batch_size: int,
         batches: int,
         seed: int = 0,
@@ -65,14 +70,14 @@ class DistinctPatientSampler(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.sizes, self.batch_size, self.batches, self.seed = sizes, batch_size, batches, seed
+        self.dataset, self.batch_size, self.batches, self.seed = dataset, batch_size, batches, seed
         self.rank, self.world_size, self.group, self.start = rank, world_size, world_size * accumulation, 0
 
     def __len__(self) -> int:
         return self.batches
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        weights = torch.tensor(self.sizes(), dtype=torch.float64).sqrt()
+        weights = torch.tensor(self.dataset.sizes, dtype=torch.float64).sqrt()
         if len(weights) < self.batch_size:
             raise ValueError(f"a batch needs {self.batch_size} different patients, the datalist has {len(weights)}")
         first, self.start = self.start, (self.start // self.batches + 1) * self.batches

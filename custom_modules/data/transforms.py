@@ -89,9 +89,16 @@ class Preprocess(Transform):
         spacing: in mm.
         label: whether the data have a CT in ``label``, on the grid of the MR.
         crop_above_shoulders: cut away head and neck.
+        mr_reference: see :class:`StandardizeMRd`.
     """
 
-    def __init__(self, spacing: Sequence[float], label: bool = False, crop_above_shoulders: bool = False) -> None:
+    def __init__(
+        self,
+        spacing: Sequence[float],
+        label: bool = False,
+        crop_above_shoulders: bool = False,
+        mr_reference: float = 1050.0,
+    ) -> None:
         keys = ["image", "label"] if label else ["image"]
         self.transform = Compose(
             [
@@ -102,7 +109,7 @@ class Preprocess(Transform):
                 BodyMaskd("image"),
                 *([CropAboveShouldersd([*keys, "body"])] if crop_above_shoulders else []),
                 CropForegroundd([*keys, "body"], source_key="body", margin=1, allow_smaller=True),
-                StandardizeMRd("image"),
+                StandardizeMRd("image", mr_reference),
             ]
         )
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from monai.bundle import ConfigWorkflow
 from scipy.stats import bootstrap
 from tqdm import tqdm
 
@@ -25,6 +24,7 @@ from custom_modules.evaluation.metrics import METRICS, PROTOCOLS, bias, score, s
 from custom_modules.evaluation.organs import organ_dice
 from custom_modules.evaluation.uncertainty import FRACTIONS, assess, spearman
 from custom_modules.files import write_json
+from custom_modules.inference.workflow import inference_workflow
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,6 @@ class Evaluation:
         datalist: MONAI datalist; ``DATASET_DIR/datalist.json`` when None.
         split: of the datalist.
         output_dir: where results go.
-        bundle_root: of ``configs/inference.yaml``.
         pred_dir: finished synthetic CTs, ``<patient>_sct`` with any extension, with their SD, if any, as
             ``<patient>_sct_sd``; synthesised when None.
         labels: folder of organ labels, ``<patient>_ct`` and ``<patient>_sct``; by TotalSegmentator, where it is
@@ -64,7 +63,6 @@ class Evaluation:
         datalist: str | None,
         split: str,
         output_dir: str,
-        bundle_root: str,
         pred_dir: str | None = None,
         labels: str | None = None,
         config: str | Sequence[str] | None = None,
@@ -73,7 +71,7 @@ class Evaluation:
     ) -> None:
         self.path = Path(datalist or Path(dataset_dir) / "datalist.json")
         self.dataset_dir, self.split, self.output_dir, self.name = dataset_dir, split, Path(output_dir), name
-        self.bundle_root, self.pred_dir, self.labels = Path(bundle_root), pred_dir, labels
+        self.pred_dir, self.labels = pred_dir, labels
         self.config = [config] if isinstance(config, str) else list(config or ())
         self.settings = {key: value for key, value in (settings or {}).items() if value is not None}
 
@@ -130,17 +128,8 @@ class Evaluation:
             for old in (target, beside(target, "_sd"), beside(target, "", ".json")):
                 old.unlink(missing_ok=True)
             volumes.append({"image": pair["image"], "output": target.name})
-        files = [str(self.bundle_root / "configs" / "inference.yaml"), *self.config]
-        for file in files:
-            if not Path(file).is_file():
-                raise InputError(f"{file}: no such config")
-        workflow = ConfigWorkflow(config_file=files, workflow_type="infer", logging_file=False)
         settings = {**self.settings, "output_dir": str(self.output_dir), "dataset#data": volumes}
-        for key, value in settings.items():
-            if key not in workflow.parser:
-                raise InputError(f"no setting '{key}' in inference.yaml")
-            workflow.parser[key] = value
-        workflow.initialize()
+        workflow = inference_workflow(self.config, logging_file=False, **settings)
         try:
             workflow.run()
         except SystemExit:

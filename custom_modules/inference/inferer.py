@@ -1,98 +1,72 @@
-"""Whole-volume latent sampling: tiled encode, tiled denoise, tiled decode."""
+"""Sampling the CT latent of a whole volume: encode, denoise and decode, in tiles where memory asks for them."""
 
 from __future__ import annotations
 
 import functools
-import math
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from monai.inferers import Inferer, sliding_window_inference
+from monai.inferers import Inferer
 from monai.utils import convert_to_tensor
 from torch import Tensor
 from tqdm import tqdm
 
-from custom_modules.memory import free_memory, shrinking, window_batch
+from custom_modules.memory import free_memory, halve_when_out_of_memory
 from custom_modules.networks.synthesizer import Synthesizer
-from custom_modules.tiling import Box, pad_to_windows, tile_size, tiles, times, widen
+from custom_modules.tiling import Box, pad_to_windows, scale_box, tile_size, tiles, widen
 
-# Of memory for each voxel of the image at the peak of encoding or decoding, and of denoising; generous, see
+# Bytes of memory per voxel of the image at the peak of encoding or decoding, and of denoising; generous, see
 # docs/performance.md
 TILE_BYTES, DENOISER_BYTES = 230, 60
 LEAST_TILE = 2**21  # voxels; in smaller ones there is little beside the halo
 WAVELET_GRID = 4  # latent voxels: the coarsest grid of the two-level transforms, on which tiles have to lie
 
 
-class LatentSamplingInferer(Inferer):
-    """MR to synthetic CT for volumes of any size.
+class LatentSampler(Inferer):
+    """What both ways of sampling share: MR to synthetic CT for volumes of any size.
 
-    ``whole``: one latent and one noise field for the patient, and every DDIM step is taken on all of it. What does not fit
-    into memory at once is computed in tiles, with a halo around each, so that there are no borders to be seen.
-    ``windows``: every window is encoded, sampled and decoded on its own, and the images are blended; kept as the
-    baseline that the first replaces, and for engines that have one size of input.
-
-    Windows and tiles that hold no body are not computed: they are air. Volumes stay in main memory, only tiles and
-    latents go to the network's device. When memory runs out, tiles are halved and the log says so.
+    Tiles and windows that hold no body are not computed: they are air. Volumes stay in main memory, only tiles and
+    latents go to the network's device.
 
     Args:
-        margin: image voxels that a volume is continued by on each side, replicating its edge, so that a field of view
-            that cuts through the body does not end where the convolutions' zero padding begins.
-        sampling: ``whole`` or ``windows``.
         num_inference_steps: DDIM steps.
-        num_samples: samples drawn in one pass: the MR is encoded once. From two on the answer has a second channel, the
-            voxelwise standard deviation of the samples.
+        num_samples: samples drawn in one pass: the MR is encoded once. With two or more the result has a second channel,
+            the voxelwise standard deviation of the samples.
         output: ``mean`` of the samples, or the first ``sample``.
         seed: of the noise, which is drawn on the CPU and so is the same on every device; sample k has seed + k, so that
             N samples are those of N runs of one.
-        tile_voxels: of the largest tile that is encoded or decoded at once. The denoiser, which needs less memory a voxel,
-            takes larger ones.
-        halo: image voxels around each tile that are computed with it and thrown away, for the denoiser rounded up to
-            windows of its attention; how far tiles move the answer is in docs/performance.md.
-        roi_size: of ``windows``, in image voxels; rounded up to what the networks divide by.
-        overlap: of ``windows``, the share of one that neighbours have in common, in [0, 1).
-        sw_batch_size: of ``windows``, how many at once; chosen by the free memory of the device when None.
+        margin: image voxels that a volume is continued by on each side, replicating its edge, so that a field of view
+            that cuts through the body does not end where the convolutions' zero padding begins.
         memory_limit: GiB that the process may hold, on CPU of main memory, on CUDA of the device's; what is free when
             None.
         amp: bfloat16 autocast of the denoiser. Faster where the device computes in it; tiles then differ from the whole by
-            its roundings. The autoencoder stays in single precision.
-        progress: show a bar over tiles and windows.
+            its rounding. The autoencoder stays in single precision.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: for an unknown ``sampling`` or ``output``, an overlap outside [0, 1), a negative seed or no samples.
+        ValueError: for an unknown ``output``, a negative seed or no samples.
     """
 
     def __init__(
         self,
-        margin: int = 4,
-        sampling: str = "whole",
         num_inference_steps: int = 1,
         num_samples: int = 1,
         output: str = "mean",
         seed: int = 0,
-        tile_voxels: int = 12_000_000,
-        halo: int = 32,
-        roi_size: Sequence[int] = (64, 64, 64),
-        overlap: float = 0.25,
-        sw_batch_size: int | None = None,
+        margin: int = 4,
         memory_limit: float | None = None,
         amp: bool = False,
         progress: bool = True,
     ) -> None:
         super().__init__()
-        if sampling not in ("whole", "windows"):
-            raise ValueError(f"sampling must be 'whole' or 'windows', got '{sampling}'")
         if output not in ("mean", "sample"):
             raise ValueError(f"output must be 'mean' or 'sample', got '{output}'")
-        if not 0 <= overlap < 1:
-            raise ValueError(f"overlap must be in [0, 1), got {overlap}")
         if seed < 0 or num_samples < 1:
             raise ValueError(f"seed must be 0 or more and num_samples 1 or more, got {seed} and {num_samples}")
-        self.margin, self.sampling, self.roi_size, self.overlap = margin, sampling, tuple(roi_size), overlap
-        self.num_inference_steps, self.num_samples, self.seed = num_inference_steps, num_samples, seed
-        self.output = output
-        self.tile_voxels, self.halo, self.sw_batch_size = int(tile_voxels), halo, sw_batch_size
-        self.memory_limit, self.amp, self.progress = memory_limit, amp, progress
+        self.num_inference_steps, self.num_samples, self.output, self.seed = num_inference_steps, num_samples, output, seed
+        self.margin, self.memory_limit, self.amp, self.progress = margin, memory_limit, amp, progress
 
     @torch.inference_mode()
     def __call__(  # type: ignore[override]
@@ -107,7 +81,7 @@ class LatentSamplingInferer(Inferer):
 
         Returns:
             Synthetic CT (1, 1, D, H, W) in [-1, 1]; of several samples (1, 2, D, H, W), the second channel their
-            standard deviation on the same scale. Where the inputs are.
+            standard deviation on the same scale. On the device of the inputs.
 
         Raises:
             InputError: when memory runs out even with the smallest tiles.
@@ -116,11 +90,17 @@ class LatentSamplingInferer(Inferer):
         mr = convert_to_tensor(inputs, track_meta=False)
         body = torch.ones_like(mr) if body is None else convert_to_tensor(body, track_meta=False).to(mr)
         generators = [torch.Generator().manual_seed(self.seed + k) for k in range(self.num_samples)]
-        unit, whole = network.downsampling, self.sampling == "whole"
-        least = [unit if whole else -(-size // unit) * unit for size in self.roi_size]
+        least, unit = self._least_size(network), network.downsampling
         (mr, inside), (body, _) = (pad_to_windows(x, least, unit, self.margin) for x in (mr, body))
-        answer = self._whole(mr, body, network, generators) if whole else self._windows(mr, body, network, least, generators)
-        return answer[inside]
+        return self._synthesize(mr, body, network, generators)[inside]
+
+    @abstractmethod
+    def _least_size(self, network: Synthesizer) -> list[int]:
+        """The smallest volume that can be computed, in image voxels."""
+
+    @abstractmethod
+    def _synthesize(self, mr: Tensor, body: Tensor, network: Synthesizer, generators: list[torch.Generator]) -> Tensor:
+        """The synthetic CT of a padded MR, with the standard deviation of several samples as a second channel."""
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.amp)
@@ -129,27 +109,47 @@ class LatentSamplingInferer(Inferer):
         return tqdm(total=total, desc=what, unit=unit, disable=not self.progress, leave=False)
 
     def _summary(self, samples: Iterable[Tensor]) -> Tensor:
-        """The answer and, of several samples, their standard deviation as a second channel, in one pass over them so
-        that only one is held at a time (Welford 1962)."""
-        mean: Tensor | float = 0.0
-        squares: Tensor | float = 0.0
-        for count, sample in enumerate(samples, start=1):
+        """Mean or first sample and, of several samples, their standard deviation as a second channel, in one pass so that
+        only one sample is held at a time (Welford 1962)."""
+        samples = iter(samples)
+        first = mean = next(samples)
+        squares, count = torch.zeros_like(first), 1
+        for count, sample in enumerate(samples, start=2):  # noqa: B007
             difference = sample - mean
             mean = mean + difference / count
             squares = squares + difference * (sample - mean)
-            first = sample if count == 1 else first
-        answer = mean if self.output == "mean" else first
-        return answer if count == 1 else torch.cat([answer, (squares / (count - 1)).sqrt()], dim=1)
+        result = mean if self.output == "mean" else first
+        return result if count == 1 else torch.cat([result, (squares / (count - 1)).sqrt()], dim=1)
 
-    # one latent for the patient
 
-    def _whole(self, mr: Tensor, body: Tensor, network: Synthesizer, generators: list[torch.Generator]) -> Tensor:
+class WholeVolumeInferer(LatentSampler):
+    """One latent and one noise field for the patient, and every DDIM step is taken on all of it.
+
+    What does not fit into memory at once is computed in tiles with a halo around each, so that there are no seams. When
+    memory runs out, tiles are halved and the log says so.
+
+    Args:
+        tile_voxels: of the largest tile that is encoded or decoded at once. The denoiser, which needs less memory per voxel,
+            takes larger ones.
+        halo: image voxels around each tile that are computed with it and thrown away, for the denoiser rounded up to
+            windows of its attention; how far tiles change the result is in docs/performance.md.
+        settings: see :class:`LatentSampler`.
+    """
+
+    def __init__(self, tile_voxels: int = 12_000_000, halo: int = 32, **settings) -> None:
+        super().__init__(**settings)
+        self.tile_voxels, self.halo = int(tile_voxels), halo
+
+    def _least_size(self, network: Synthesizer) -> list[int]:
+        return [network.downsampling] * 3
+
+    def _synthesize(self, mr: Tensor, body: Tensor, network: Synthesizer, generators: list[torch.Generator]) -> Tensor:
         body = (F.max_pool3d(body, network.autoencoder.downsampling)[0, 0] > 0).to(network.device)
         z = self._sample(self._encode(mr, network, body), network, body, generators)
         return self._decode(z, network, body)
 
     def _tiles(self, body: Tensor, network: Synthesizer, voxels: int, grid: int, reach: int = 0) -> list[tuple]:
-        """Tiles of the latent that stand for at most ``voxels`` of the image, halo and all, and start on ``grid``; those
+        """Tiles of the latent that stand for at most ``voxels`` of the image, halo included, and start on ``grid``; those
         with ``body`` no farther than ``reach`` voxels of the latent."""
         f = network.autoencoder.downsampling
         halo, size = -(-self.halo // (f * grid)) * grid, body.shape
@@ -157,7 +157,7 @@ class LatentSamplingInferer(Inferer):
         return [part for part in every if body[widen(part[1], reach, size)].any()]
 
     def _tile_voxels(self, device: torch.device, voxel_bytes: int) -> int:
-        """Of a tile that takes ``voxel_bytes`` a voxel: as many as are asked for, and as there is memory for."""
+        """Of a tile that takes ``voxel_bytes`` per voxel: as many as are asked for, and as there is memory for."""
         free = free_memory(device, self.memory_limit)
         return min(self.tile_voxels * TILE_BYTES // voxel_bytes, max(free // voxel_bytes, LEAST_TILE))
 
@@ -170,14 +170,14 @@ class LatentSamplingInferer(Inferer):
             parts = self._tiles(body, network, voxels, WAVELET_GRID, reach)
             with self._bar(len(parts), "encoding", "tile") as bar:
                 for wide, box, inner in parts:
-                    z[(..., *box)] = network.encode(mr[(..., *times(wide, f))].to(device), "MR")[(..., *inner)]
+                    z[(..., *box)] = network.encode(mr[(..., *scale_box(wide, f))].to(device), "MR")[(..., *inner)]
                     bar.update()
             return z
 
-        return shrinking(encode, self._tile_voxels(device, TILE_BYTES), LEAST_TILE, "voxels")
+        return halve_when_out_of_memory(encode, self._tile_voxels(device, TILE_BYTES), LEAST_TILE, "voxels")
 
     def _sample(self, z_mr: Tensor, network: Synthesizer, body: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """CT latents (K, c, d, h, w), one of each generator's noise."""
+        """CT latents (K, c, d, h, w), one from each generator's noise (Eqs. 13 and 14)."""
         noise = torch.cat([torch.randn(z_mr.shape, generator=generator) for generator in generators]).to(z_mr)
         steps, air = self.num_inference_steps, functools.cache(network.air_latent)  # encoding air takes a while
 
@@ -193,20 +193,21 @@ class LatentSamplingInferer(Inferer):
                 output = torch.empty_like(z) if everywhere else network.schedule.output_for(air(), z, t)
                 with self._autocast(z.device):
                     for tile, (wide, box, inner) in enumerate(parts):
-                        known = condition(tile)
+                        context = condition(tile)
                         for k in range(len(z)):
-                            answer = network.predict(z[(slice(k, k + 1), ..., *wide)], t, known)
-                            output[(k, ..., *box)] = answer[(0, ..., *inner)]
+                            prediction = network.predict(z[(slice(k, k + 1), ..., *wide)], t, context)
+                            output[(k, ..., *box)] = prediction[(0, ..., *inner)]
                             bar.update()
                 return output
 
             with self._bar(steps * len(parts) * len(noise), "denoising", "tile") as bar:
                 return network.schedule.sample(predict, noise, steps)
 
-        return shrinking(sample, self._tile_voxels(noise.device, DENOISER_BYTES), LEAST_TILE, "voxels")
+        most = self._tile_voxels(noise.device, DENOISER_BYTES)
+        return halve_when_out_of_memory(sample, most, LEAST_TILE, "voxels")
 
     def _decode(self, z: Tensor, network: Synthesizer, body: Tensor) -> Tensor:
-        """The samples ``z`` (K, c, d, h, w) decoded tile by tile and summed up in main memory, air in tiles without
+        """The samples ``z`` (K, c, d, h, w) decoded tile by tile and summarised in main memory, air in tiles without
         ``body``: the volume exists once, however many samples there are."""
         f = network.autoencoder.downsampling
 
@@ -217,50 +218,14 @@ class LatentSamplingInferer(Inferer):
             with self._bar(len(parts) * len(z), "decoding", "tile") as bar:
                 for wide, box, inner in parts:
                     samples = self._decoded(z, wide, inner, network, bar)
-                    ct[(..., *times(box, f))] = self._summary(samples).to(ct)
+                    ct[(..., *scale_box(box, f))] = self._summary(samples).to(ct)
             return ct
 
-        return shrinking(decode, self._tile_voxels(z.device, TILE_BYTES), LEAST_TILE, "voxels")
+        return halve_when_out_of_memory(decode, self._tile_voxels(z.device, TILE_BYTES), LEAST_TILE, "voxels")
 
     @staticmethod
     def _decoded(z: Tensor, wide: Box, inner: Box, network: Synthesizer, bar: tqdm) -> Iterator[Tensor]:
-        inner = times(inner, network.autoencoder.downsampling)
+        inner = scale_box(inner, network.autoencoder.downsampling)
         for sample in z.split(1):
             yield network.decode(sample[(..., *wide)])[(..., *inner)]
             bar.update()
-
-    # each window on its own
-
-    def _batch(self, network: Synthesizer, roi_size: Sequence[int]) -> int:
-        window = math.prod(roi_size) // network.autoencoder.downsampling**3
-        return self.sw_batch_size or window_batch(
-            network.device, window, network.denoiser.time_channels, self.memory_limit
-        )
-
-    def _windows(
-        self, mr: Tensor, body: Tensor, network: Synthesizer, roi_size: list[int], generators: list[torch.Generator]
-    ) -> Tensor:
-        def synthesize(stack: Tensor) -> Tensor:
-            image, mask = stack.split(1, dim=1)
-            inside = mask.flatten(1).any(dim=1)
-            ct = torch.full_like(image, -1.0)
-            if self.num_samples > 1:
-                ct = torch.cat([ct, torch.zeros_like(ct)], dim=1)
-            if not inside.any():
-                return ct
-            z_mr = network.encode(image[inside], "MR")
-            # every sample has a generator, so that its noise does not depend on the window batch
-            noise = torch.cat([torch.randn(z_mr.shape, generator=generator) for generator in generators]).to(z_mr)
-            with self._autocast(z_mr.device):
-                condition = network.condition(z_mr.repeat(len(generators), 1, 1, 1, 1))
-                z = network.schedule.sample(
-                    lambda z, t: network.predict(z, t, condition), noise, self.num_inference_steps
-                )
-            ct[inside] = self._summary(network.decode(s) for s in z.chunk(len(generators))).to(ct.dtype)
-            return ct
-
-        return sliding_window_inference(
-            torch.cat([mr, body], dim=1), roi_size, self._batch(network, roi_size), synthesize, self.overlap,
-            mode="gaussian", progress=self.progress, sw_device=network.device, device=mr.device,
-        )  # fmt: skip
-

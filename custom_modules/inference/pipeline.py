@@ -17,7 +17,6 @@ from monai.data import Dataset, list_data_collate
 from monai.engines import SupervisedEvaluator
 
 from custom_modules.errors import one_line, stop
-from custom_modules.settings import is_on
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +33,10 @@ class VolumeDataset(Dataset):
 
     def __init__(
         self, data: Sequence[dict[str, str]], transform: Callable, rank: int = 0, world_size: int = 1,
-        resume: bool | str = False, is_finished: Callable[[Mapping[str, str]], bool] | None = None,
+        resume: bool = False, is_finished: Callable[[Mapping[str, str]], bool] | None = None,
     ) -> None:  # fmt: skip
         mine = list(data)[rank::world_size]
-        left = [item for item in mine if not is_finished(item)] if is_on(resume) and is_finished else mine
+        left = [item for item in mine if not is_finished(item)] if resume and is_finished else mine
         if len(left) < len(mine):
             logger.info("%d of %d volumes are finished and left as they are", len(mine) - len(left), len(mine))
         super().__init__(left, transform)

@@ -13,8 +13,9 @@ import monai
 import torch
 
 from custom_modules.data.volumes import beside
-from custom_modules.files import to_plain, sha256, write_json
+from custom_modules.files import sha256, to_plain, write_json
 from custom_modules.memory import peak_memory_gib
+from custom_modules.settings import result_settings
 
 
 class Sidecar:
@@ -25,7 +26,8 @@ class Sidecar:
         checkpoint: the weights.
         version: of the bundle.
         device: whose memory counts.
-        settings: of the synthesis, such as seed, steps and HU window.
+        settings: of the synthesis, such as seed, steps and HU window; those of the running config that change the result
+            (:func:`~custom_modules.settings.result_settings`) when None.
         calibration: of the standard deviation, where samples have one.
     """
 
@@ -35,11 +37,12 @@ class Sidecar:
         checkpoint: str | Path,
         version: str,
         device: torch.device | str,
-        settings: Mapping[str, Any],
         calibration: Any = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.output_dir, self.checkpoint, self.version, self.device = Path(output_dir), checkpoint, version, device
-        self.settings, self.calibration = settings, calibration
+        self.settings = result_settings() if settings is None else settings
+        self.calibration = calibration
 
     @cached_property
     def model_sha256(self) -> str | None:

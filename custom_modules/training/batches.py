@@ -15,7 +15,7 @@ from custom_modules.networks.autoencoder import WaveletAutoencoderKL
 from custom_modules.networks.schedule import DDIMSchedule
 from custom_modules.networks.synthesizer import Synthesizer
 from custom_modules.tiling import pad_to_windows
-from custom_modules.training.losses import has_both
+from custom_modules.training.losses import valid_voxels
 
 
 class AutocastInferer(Inferer):
@@ -56,13 +56,13 @@ class ReconstructionPrepareBatch(PrepareBatch):
 
 
 class SynthesisPrepareBatch(PrepareBatch):
-    """Regression baselines: the MR as input, and as target the CT with where it can teach (:func:`has_both`)."""
+    """Regression baselines: the MR as input, and as target the CT with where it can teach (:func:`valid_voxels`)."""
 
     def __call__(
         self, batchdata: Mapping[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         mr, ct = (_as_tensor(batchdata, key, device, non_blocking) for key in ("image", "label"))
-        return mr, (ct, has_both(mr, ct))
+        return mr, (ct, valid_voxels(mr, ct))
 
 
 class ReconstructionInferer(Inferer):

@@ -42,8 +42,8 @@ class TimeBudget:
         self.done = self.stale = 0
         self.best, self.begun = math.inf, (clock(), time.process_time())
 
-    def start(self) -> None:
-        """The clock runs from here on."""
+    def start(self, trainer: Any) -> None:
+        """The clock runs from here on, when the ``trainer``, and with it the data in memory, has been made."""
         self.begun = (self.clock(), time.process_time())
 
     @property

@@ -16,12 +16,11 @@ from torch import nn
 from custom_modules.errors import stop
 from custom_modules.files import atomic_write
 from custom_modules.networks.weights import save_weights
-from custom_modules.settings import is_on
 
 logger = logging.getLogger(__name__)
 
 
-class Checkpoints:
+class CheckpointSaver:
     """Saves all of a run's state every ``interval`` iterations and after each epoch, and resumes from it.
 
     A checkpoint is written beside its place and renamed, so that a run that dies while writing keeps the one before;
@@ -48,13 +47,13 @@ class Checkpoints:
         matches = [(self.PATTERN.fullmatch(path.name), path) for path in self.folder.glob("checkpoint_*.pt")]
         return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
-    def begin(self, engine: Engine, resume: bool | str = False) -> None:
+    def begin(self, engine: Engine, resume: bool = False) -> None:
         """Save ``engine``'s run from now on, after its other handlers; with ``resume``, first bring it and the state to the
         newest checkpoint that can be read.
 
         Ends the program where the folder holds a run and ``resume`` is off.
         """
-        if is_on(resume):
+        if resume:
             self._resume(engine)
         elif self.found():
             stop(f"{self.folder}: holds a run already; go on with --resume true, or give another --output_dir")
@@ -107,10 +106,14 @@ class BestWeights:
 
     Args:
         metric: name of the metric, whose smallest value is best.
+        trained_with: what the weights depend on; stored with them.
     """
 
-    def __init__(self, network: nn.Module, path: str | Path, metric: str) -> None:
-        self.network, self.path, self.metric, self.best = network, Path(path), metric, math.inf
+    def __init__(
+        self, network: nn.Module, path: str | Path, metric: str, trained_with: Mapping[str, Any] | None = None
+    ) -> None:
+        self.network, self.path, self.metric, self.trained_with = network, Path(path), metric, trained_with
+        self.best = math.inf
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
@@ -119,7 +122,7 @@ class BestWeights:
         value = engine.state.metrics[self.metric]
         if value < self.best:
             self.best = float(value)
-            save_weights(self.network, self.path, torch.float32)
+            save_weights(self.network, self.path, torch.float32, self.trained_with)
             logger.info("%s: best so far, %s %.4g", self.path, self.metric, value)
 
     def state_dict(self) -> dict[str, float]:

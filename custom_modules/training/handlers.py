@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,29 @@ from tqdm import tqdm
 from custom_modules.data.sampler import seed_of
 from custom_modules.errors import stop
 from custom_modules.training.checkpoints import BestWeights
+
+
+def loss_value(output: Mapping[str, Any]) -> float:
+    """The loss in the output of a training step."""
+    return float(output["loss"].detach())
+
+
+def smaller_is_better(value: float, best: float) -> bool:
+    """For the key metric of an evaluator, whose best is -1 before the first validation."""
+    return value < best or best < 0
+
+
+class LoggedTerms:
+    """The loss of a step, and the latest ``terms`` of each of ``sources`` that has any, by name."""
+
+    def __init__(self, sources: Sequence[Any]) -> None:
+        self.sources = sources
+
+    def __call__(self, output: Mapping[str, Any]) -> dict[str, float]:
+        terms = {"loss": loss_value(output)}
+        for source in self.sources:
+            terms |= getattr(source, "terms", {})
+        return terms
 
 
 class StepSeed:

@@ -16,18 +16,18 @@ from custom_modules.data.sampler import SeededDataset, seed_of
 from custom_modules.networks.synthesizer import Synthesizer
 from custom_modules.tiling import pad_to_windows
 from custom_modules.training.batches import _as_tensor
-from custom_modules.training.losses import has_both
+from custom_modules.training.losses import valid_voxels
 
 
 class LatentDataset(Randomizable, Dataset):
     """MR and CT latents of whole volumes, encoded once by the frozen autoencoder; a random crop of one an item.
 
-    Every patient is encoded in ``versions`` augmented copies (posterior means, half precision in memory), so that
+    Every patient is encoded in ``copies`` augmented copies (posterior means, half precision in memory), so that
     stage 2 is spent on the denoiser. Latents come from whole volumes, as in sampling: a crop of them knows what
     stands beside it. A network whose latent scale was never set gets it here, from the training latents.
 
     Items are ``image``, the CT latent, and ``z_mr``, both (c, *roi / f) and normalised; ``valid`` (1, *roi) at the same
-    place, see :func:`has_both`; with ``images`` also ``label``, the CT (1, *roi) in [-1, 1]; and ``patient``.
+    place, see :func:`valid_voxels`; with ``images`` also ``label``, the CT (1, *roi) in [-1, 1]; and ``patient``.
 
     Args:
         data: datalist of ``image`` and ``label``.
@@ -43,13 +43,13 @@ class LatentDataset(Randomizable, Dataset):
         transform: Callable,
         network: Synthesizer,
         roi_size: Sequence[int],
-        versions: int = 16,
+        copies: int = 16,
         amp: bool = True,
         seed: int = 0,
         images: bool = False,
     ) -> None:
         super().__init__(data, transform)
-        self.network, self.roi_size, self.versions, self.amp, self.images = network, roi_size, versions, amp, images
+        self.network, self.roi_size, self.copies, self.amp, self.images = network, roi_size, copies, amp, images
         self.seed = seed
         self.set_random_state(seed)
         self.latents: list[list[dict[str, Any]]] = []
@@ -57,7 +57,7 @@ class LatentDataset(Randomizable, Dataset):
     def encode(self) -> None:
         """Encode all patients; once, before the first item is asked for. The same copies for the same seed."""
         count = len(self.data)
-        keys = [(patient, seed_of(self.seed, copy, patient)) for copy in range(self.versions) for patient in range(count)]
+        keys = [(patient, seed_of(self.seed, copy, patient)) for copy in range(self.copies) for patient in range(count)]
         images = SeededDataset(CacheDataset(self.data, self.transform))
         loader = DataLoader(images, batch_size=1, sampler=keys, num_workers=1)
         latents: list[list[dict[str, Any]]] = [[] for _ in self.data]
@@ -85,7 +85,7 @@ class LatentDataset(Randomizable, Dataset):
         )
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.amp):
             z_mr, z_ct = (network.autoencoder.encode(volume)[0][0].cpu().half() for volume in (mr, ct))
-        item = {"image": z_ct, "z_mr": z_mr, "valid": has_both(mr, ct)[0].cpu(), "patient": batch["patient"][0]}
+        item = {"image": z_ct, "z_mr": z_mr, "valid": valid_voxels(mr, ct)[0].cpu(), "patient": batch["patient"][0]}
         return {**item, "label": ct[0].cpu().half()} if self.images else item
 
     def __getitem__(self, index: int) -> dict[str, Any]:

@@ -64,8 +64,8 @@ class AutoencoderLoss(nn.Module):
         return loss
 
 
-def has_both(mr: Tensor, ct: Tensor) -> Tensor:
-    """Where a pair can teach: not where the MR shows tissue and the CT air, beyond the CT's own field of view.
+def valid_voxels(mr: Tensor, ct: Tensor) -> Tensor:
+    """The valid voxels of a pair: not those where the MR shows tissue and the CT air, beyond the CT's own field of view.
 
     Both in [-1, 1]; tissue is MR above 8 % of its window, air is CT in the lowest 23 % of its (below -400 HU).
     """
@@ -77,7 +77,7 @@ def _mean_where(values: Tensor, where: Tensor) -> Tensor:
 
 
 class ValidL1Loss(nn.Module):
-    """L1 between an image and the CT, both (N, 1, D, H, W) in [-1, 1], where the pair is valid (:func:`has_both`)."""
+    """L1 between an image and the CT, both (N, 1, D, H, W) in [-1, 1], where the pair is valid (:func:`valid_voxels`)."""
 
     def forward(self, image: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
         ct, valid = target

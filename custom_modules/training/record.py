@@ -17,38 +17,45 @@ from typing import Any
 import torch
 
 from custom_modules.files import write_json
+from custom_modules.settings import plain_settings
 
 
-def write_record(folder: str | Path, settings: Mapping[str, Any], data: str = "", rank: int = 0) -> None:
-    """Write ``folder``/run.json: when, with what command, settings, packages, commit, data and hardware it ran; a run
-    that is resumed adds to the list that stands there.
+class RunRecord:
+    """Writes ``folder``/run.json: when, with what command, settings, packages, commit, data and hardware a training ran.
 
     Args:
-        settings: the config's values; those that are no plain numbers, texts and lists of them are left out.
-        data: fingerprint, see :func:`~custom_modules.data.pairs.check_pairs_or_stop`.
+        folder: of the run.
+        rank: only the first process writes.
     """
-    if rank:
-        return
+
+    def __init__(self, folder: str | Path, rank: int = 0) -> None:
+        self.folder, self.rank = Path(folder), rank
+
+    def write(self, data_sha256: str = "") -> None:
+        """Add a record to the list in run.json, which is longer than one where a run was resumed.
+
+        Args:
+            data_sha256: fingerprint of the data, see :class:`~custom_modules.data.pairs.DataCheck`.
+        """
+        if self.rank == 0:
+            write_record(self.folder, plain_settings(), data_sha256)
+
+
+def write_record(folder: str | Path, settings: Mapping[str, Any], data_sha256: str = "") -> None:
+    """Add a record with the config's ``settings`` to ``folder``/run.json."""
     path = Path(folder) / "run.json"
     records = json.loads(path.read_text()) if path.exists() else []
-    plain = {name: value for name, value in settings.items() if _is_plain(value)}
     packages = ("torch", "monai", "pytorch-ignite", "nibabel", "itk", "numpy")
     record = {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
-        "settings": plain,
+        "settings": settings,
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
         "commit": commit(),
-        "data_sha256": data,
+        "data_sha256": data_sha256,
         "hardware": hardware(),
     }
     write_json([*records, record], path)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def hardware() -> dict[str, Any]:

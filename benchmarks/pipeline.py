@@ -1,7 +1,7 @@
-"""Time and memory of the road from a normalised MR to the synthetic CT, by volume and by setting, on CPU or GPU.
+"""Time and memory of the pipeline from a normalised MR to the synthetic CT, by volume and by setting, on CPU or GPU.
 
-    python benchmarks/road.py volumes [--device cuda] [--amp True] [--compile True]
-    python benchmarks/road.py settings [--device cuda]
+    python benchmarks/pipeline.py volumes [--device cuda] [--amp True] [--compile True]
+    python benchmarks/pipeline.py settings [--device cuda]
 
 Needs nothing but the repository, PyTorch and MONAI, fire and tqdm. The volumes are simple bodies, elliptic
 cylinders, for the cost depends on their size only; the weights are the shipped ones.
@@ -22,7 +22,8 @@ from common import ROOT, medians, publish, seconds
 from monai.utils import set_determinism
 from torch.utils.flop_counter import FlopCounterMode
 
-from custom_modules.inference.inferer import LatentSamplingInferer
+from custom_modules.inference.inferer import WholeVolumeInferer
+from custom_modules.inference.windows import WindowInferer
 from custom_modules.networks.synthesizer import Synthesizer
 from custom_modules.networks.weights import load_weights
 
@@ -110,10 +111,13 @@ def operations_per_voxel(network: Synthesizer) -> dict[str, float]:
     return found
 
 
+INFERERS = {"whole": WholeVolumeInferer, "windows": WindowInferer}
+
+
 class Stages:
     """Seconds spent in each stage of an inferer, by wrapping its methods."""
 
-    def __init__(self, inferer: LatentSamplingInferer, device: torch.device) -> None:
+    def __init__(self, inferer: WholeVolumeInferer, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
         for stage, method in (("encode", "_encode"), ("denoise", "_sample"), ("decode", "_decode")):
             setattr(inferer, method, self._timed(stage, getattr(inferer, method), device))
@@ -137,7 +141,7 @@ def volumes(device: str = "cpu", amp: bool = False, compile: bool = False, repea
     peaks["denoise"] = peak_flops(where, torch.bfloat16 if amp else torch.float32)
     for name, (shape, share) in VOLUMES.items():
         mr, body = volume(shape, share)
-        inferer = LatentSamplingInferer(amp=amp, progress=False)
+        inferer = WholeVolumeInferer(amp=amp, progress=False)
         stages, found = Stages(inferer, where), []
         with Peak(where) as peak:
             for _ in range(repeats + 1):
@@ -156,12 +160,12 @@ def volumes(device: str = "cpu", amp: bool = False, compile: bool = False, repea
         print(row, flush=True)
     exponent = np.polyfit(np.log([r["body, Mvoxel"] for r in rows]), np.log([r["all, s"] for r in rows]), 1)[0]
     rows.append({"volume": f"time grows as body volume to the power {exponent:.2f}", "exponent": exponent})
-    name = "road" if where.type == "cpu" else f"road_gpu_{'bf16' if amp else 'fp32'}{'_compiled' if compile else ''}"
+    name = "pipeline" if where.type == "cpu" else f"pipeline_gpu_{'bf16' if amp else 'fp32'}{'_compiled' if compile else ''}"
     publish(name, rows, list(rows[0]), where)
 
 
 def voxels_computed(
-    inferer: LatentSamplingInferer, network: Synthesizer, mr: torch.Tensor, body: torch.Tensor
+    inferer: WholeVolumeInferer, network: Synthesizer, mr: torch.Tensor, body: torch.Tensor
 ) -> dict[str, int]:
     """Voxels of the image that pass each stage, halos and all."""
     cube, seen = network.autoencoder.downsampling ** 3, dict.fromkeys(("encode", "denoise", "decode"), 0)
@@ -204,7 +208,7 @@ def settings(device: str = "cpu", repeats: int = 3) -> None:
         "bfloat16": ({"amp": True}, body),
         "tiles of 2 Mvoxel": ({"tile_voxels": 2_000_000}, body),
     }
-    inferers = {name: LatentSamplingInferer(progress=False, **kwargs) for name, (kwargs, _) in cases.items()}
+    inferers = {name: INFERERS[kwargs.pop("sampling", "whole")](progress=False, **kwargs) for name, (kwargs, _) in cases.items()}
     times = medians(
         {name: lambda name=name: inferers[name](mr, network, cases[name][1]) for name in cases}, repeats, where
     )

@@ -1,0 +1,72 @@
+"""Sampling window by window: the baseline that :class:`~custom_modules.inference.inferer.WholeVolumeInferer` replaces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from monai.inferers import sliding_window_inference
+from torch import Tensor
+
+from custom_modules.inference.inferer import LatentSampler
+from custom_modules.memory import window_batch
+from custom_modules.networks.synthesizer import Synthesizer
+
+
+class WindowInferer(LatentSampler):
+    """Every window is encoded, sampled from noise of its own and decoded, and the images are blended.
+
+    Kept to measure what one latent for the patient gains, and for engines that have one size of input.
+
+    Args:
+        window_size: image voxels; rounded up to what the networks divide by.
+        overlap: share of a window that neighbours have in common, in [0, 1).
+        sw_batch_size: windows computed at once; chosen by the free memory of the device when None.
+        settings: see :class:`~custom_modules.inference.inferer.LatentSampler`.
+
+    Raises:
+        ValueError: for an overlap outside [0, 1).
+    """
+
+    def __init__(
+        self, window_size: Sequence[int] = (64, 64, 64), overlap: float = 0.25, sw_batch_size: int | None = None, **settings
+    ) -> None:
+        super().__init__(**settings)
+        if not 0 <= overlap < 1:
+            raise ValueError(f"overlap must be in [0, 1), got {overlap}")
+        self.window_size, self.overlap, self.sw_batch_size = tuple(window_size), overlap, sw_batch_size
+
+    def _least_size(self, network: Synthesizer) -> list[int]:
+        return [-(-size // network.downsampling) * network.downsampling for size in self.window_size]
+
+    def _synthesize(self, mr: Tensor, body: Tensor, network: Synthesizer, generators: list[torch.Generator]) -> Tensor:
+        window = self._least_size(network)
+        voxels = math.prod(window) // network.autoencoder.downsampling**3
+        batch = self.sw_batch_size or window_batch(
+            network.device, voxels, network.denoiser.time_channels, self.memory_limit
+        )
+        return sliding_window_inference(
+            torch.cat([mr, body], dim=1), window, batch, lambda stack: self._windows(stack, network, generators),
+            self.overlap, mode="gaussian", progress=self.progress, sw_device=network.device, device=mr.device,
+        )  # fmt: skip
+
+    def _windows(self, stack: Tensor, network: Synthesizer, generators: list[torch.Generator]) -> Tensor:
+        """Windows of MR and body (N, 2, D, H, W) to synthetic CT (N, 1 or 2, D, H, W)."""
+        image, mask = stack.split(1, dim=1)
+        inside = mask.flatten(1).any(dim=1)
+        ct = torch.full_like(image, -1.0)
+        if self.num_samples > 1:
+            ct = torch.cat([ct, torch.zeros_like(ct)], dim=1)
+        if not inside.any():
+            return ct
+        z_mr = network.encode(image[inside], "MR")
+        # every sample has a generator, so that its noise does not depend on the window batch
+        noise = torch.cat([torch.randn(z_mr.shape, generator=generator) for generator in generators]).to(z_mr)
+        with self._autocast(z_mr.device):
+            condition = network.condition(z_mr.repeat(len(generators), 1, 1, 1, 1))
+            z = network.schedule.sample(
+                lambda z, t: network.predict(z, t, condition), noise, self.num_inference_steps
+            )
+        ct[inside] = self._summary(network.decode(s) for s in z.chunk(len(generators))).to(ct.dtype)
+        return ct

@@ -1,0 +1,38 @@
+"""``configs/inference.yaml`` as a workflow: the one way in which evaluation and the commands synthesise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigWorkflow
+
+from custom_modules import BUNDLE_ROOT
+from custom_modules.errors import InputError
+from custom_modules.settings import check_settings
+
+
+def inference_workflow(
+    config: str | Path | Sequence[str | Path] = (), logging_file: str | bool | None = None, **settings: Any
+) -> ConfigWorkflow:
+    """``configs/inference.yaml`` with ``settings`` in place of its own, initialised and ready to ``run()``.
+
+    Args:
+        config: overlays, such as ``configs/baselines/unet.yaml``, for the network of another config.
+        logging_file: False leaves the program's logging as it is; the bundle's logging.conf when None.
+        settings: of the config by id, such as ``seed`` or ``dataset#data``.
+
+    Raises:
+        InputError: for an overlay that does not exist, or a setting or value that the config does not allow.
+    """
+    overlays = [config] if isinstance(config, (str, Path)) else list(config)
+    for overlay in overlays:
+        if not Path(overlay).is_file():
+            raise InputError(f"{overlay}: no such config")
+    files = [str(Path(BUNDLE_ROOT, "configs", "inference.yaml")), *map(str, overlays)]
+    workflow = ConfigWorkflow(config_file=files, workflow_type="infer", logging_file=logging_file)
+    workflow.parser.update(settings)
+    check_settings(workflow.parser, [name.split("#")[0] for name in settings])
+    workflow.initialize()
+    return workflow
