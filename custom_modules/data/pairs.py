@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from custom_modules.data.grid import REGISTER, check_same_grid
 from custom_modules.data.hu import check_hu
-from custom_modules.data.volumes import EXTENSIONS, read_volume
+from custom_modules.data.volumes import EXTENSIONS, read_volume, volume_files
 from custom_modules.errors import InputError, stop
 from custom_modules.files import sha256
 from custom_modules.settings import is_on
@@ -122,8 +122,7 @@ def _inspect(pair: Pair) -> tuple[list[str], str]:
             volumes[key] = read_volume(pair[key])
         except InputError as error:
             return [str(error)], ""
-        path = Path(pair[key])
-        digests.append(sha256(path))
+        digests.append(sha256(volume_files(pair[key])))
     return _problems(volumes["image"], volumes["label"], pair), " ".join(digests)
 
 

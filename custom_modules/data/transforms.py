@@ -89,13 +89,17 @@ class Preprocess(Transform):
         spacing: in mm.
         label: whether the data have a CT in ``label``, on the grid of the MR.
         crop_above_shoulders: cut away head and neck.
+        allow_ct: let the MR be a CT, see :class:`~custom_modules.data.volumes.ReadVolumed`.
     """
 
-    def __init__(self, spacing: Sequence[float], label: bool = False, crop_above_shoulders: bool = False) -> None:
+    def __init__(
+        self, spacing: Sequence[float], label: bool = False, crop_above_shoulders: bool = False,
+        allow_ct: bool | str = True,
+    ) -> None:  # fmt: skip
         keys = ["image", "label"] if label else ["image"]
         self.transform = Compose(
             [
-                ReadVolumed(keys),
+                ReadVolumed(keys, allow_ct=allow_ct),
                 SameGridd(keys),
                 Orientationd(keys, axcodes="RAS", labels=None),
                 Spacingd(keys, pixdim=spacing, mode="bilinear", padding_mode="border"),

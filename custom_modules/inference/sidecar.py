@@ -12,8 +12,8 @@ from typing import Any
 import monai
 import torch
 
-from custom_modules.data.volumes import beside
-from custom_modules.files import to_plain, sha256, write_json
+from custom_modules.data.volumes import beside, volume_files
+from custom_modules.files import sha256, to_plain, write_json
 from custom_modules.memory import peak_memory_gib
 
 
@@ -52,7 +52,7 @@ class Sidecar:
         record = beside(target, "", ".json")
         if not (target.is_file() and record.is_file()):
             return False
-        made = {"input_sha256": sha256(item["image"]), **self._of_all()}
+        made = {"input_sha256": sha256(volume_files(item["image"])), **self._of_all()}
         found = json.loads(record.read_text())
         return all(found.get(name) == value for name, value in to_plain(made).items())
 
@@ -64,7 +64,7 @@ class Sidecar:
         sampled = self.settings.get("num_samples", 1) > 1 and self.calibration
         record = {
             "input": str(Path(image).resolve()),
-            "input_sha256": sha256(image),
+            "input_sha256": sha256(volume_files(image)),
             "output": Path(output).name,
             **self._of_all(),
             "sd_scale": self.calibration.scale if sampled else None,
