@@ -41,7 +41,7 @@ logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 warnings.filterwarnings("ignore", module="pydicom")
 
 IDENTITY = (
-    "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "Modality", "PatientID",
+    "SOPClassUID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "Modality", "PatientID",
     "Rows", "Columns", "NumberOfFrames",
 )  # fmt: skip
 PLACE = (
@@ -62,7 +62,6 @@ class DicomSeries:
         folder: that holds them all.
         address: how it is called as a path, see above.
         patient: PatientID.
-        instances: SOPInstanceUID of each file.
         slices: frames, or files.
         size: rows, columns.
         damaged: what is wrong with DICOM files beside it, which may be slices of it.
@@ -76,7 +75,6 @@ class DicomSeries:
     description: str = ""
     number: str = ""
     patient: str = ""
-    instances: tuple[str, ...] = ()
     slices: int = 0
     size: tuple[int, int] = (0, 0)
     damaged: tuple[str, ...] = ()
@@ -85,7 +83,7 @@ class DicomSeries:
     def title(self) -> str:
         """What it is called in messages."""
         number = f" {self.number}" if self.number else ""
-        name = f" '{self.description}'" if self.description else ""
+        name = f" {self.description}" if self.description else ""
         return f"{self.modality or 'DICOM'} series{number}{name} ({self.slices} slices)"
 
     def matches(self, wanted: str) -> bool:
@@ -145,6 +143,36 @@ def find_series(source: str | Path | Iterable[Path]) -> list[DicomSeries]:
     return sorted(found, key=lambda series: (str(series.folder), int("0" + re.sub(r"\D", "", series.number)), series.uid))
 
 
+def join_series(series: Sequence[DicomSeries]) -> list[DicomSeries]:
+    """Series of several folders, those of one UID as one where each folder holds slices of its own; folders with slices
+    at the same positions hold copies or time points, and stay series of their own."""
+    groups: dict[str, list[DicomSeries]] = defaultdict(list)
+    for one in series:
+        groups[one.uid].append(one)
+    joined = []
+    for uid, parts in groups.items():
+        if uid and len(parts) > 1 and _are_parts(parts):
+            joined += find_series(path for part in parts for path in part.paths)
+        else:
+            joined += parts
+    return sorted(joined, key=lambda one: (str(one.folder), one.address))
+
+
+def _are_parts(parts: Sequence[DicomSeries]) -> bool:
+    """Whether the positions of all slices are known and none is in two of the parts."""
+    taken: set[tuple[float, ...]] = set()
+    for part in parts:
+        try:
+            slices = [item for path in part.paths for item in slices_of(path, _header(path, PLACE))]
+        except InputError:
+            return False
+        places = {(*item.position.round(2), *item.orientation.ravel().round(2)) for item in slices}
+        if part.damaged or places & taken:
+            return False
+        taken |= places
+    return True
+
+
 def _header(path: Path, names: Sequence[str]) -> Dataset:
     """The elements ``names`` of a DICOM header.
 
@@ -188,7 +216,6 @@ def _series(uid: str, members: list[tuple[Path, Dataset]], damaged: dict[Path, l
         description=" ".join(str(first.get("SeriesDescription") or "").split()),
         number="" if first.get("SeriesNumber") is None else str(first.SeriesNumber),
         patient="/".join(patients),
-        instances=tuple(str(header.get("SOPInstanceUID") or "") for header in headers),
         slices=sum(int(header.get("NumberOfFrames") or 1) for header in headers),
         size=(int(first.Rows), int(first.Columns)),
         damaged=tuple(sorted(message for place in {path.parent for path in paths} for message in damaged[place])),

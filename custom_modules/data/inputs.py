@@ -7,13 +7,12 @@ import json
 import logging
 import os
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from custom_modules.data.dicom import DicomSeries, find_series, is_dicom, series_at, split_address
-from custom_modules.data.volumes import EXTENSIONS, _extension, beside
+from custom_modules.data.dicom import DicomSeries, find_series, is_dicom, join_series, series_at, split_address
+from custom_modules.data.volumes import EXTENSIONS, _extension, beside, input_of
 from custom_modules.errors import InputError, stop
 from custom_modules.files import walk
 
@@ -27,7 +26,6 @@ OTHER_FORMATS = (
     ".nhdr", ".mhd", ".mgz", ".mgh", ".img", ".img.gz", ".hdr", ".gipl", ".gipl.gz", ".mnc", ".par", ".rec", ".vtk", ".vti",
     ".nii.bz2", ".nii.xz", ".nii.zst", ".zip", ".7z", ".rar", ".tar", ".tar.gz", ".tgz",
 )  # fmt: skip
-RECORD = {"input", "output", "settings"}  # keys of the record beside a synthetic CT
 
 
 def find_volumes(
@@ -105,7 +103,7 @@ def _in_folder(root: Path) -> Found:
             elif not readable or not is_own_output(path):
                 found[str(path)] = (relative / _stem(name), None)
         series += find_series(rest)
-    for one in _joined(series):
+    for one in join_series(series):
         name = root.resolve().name if one.folder == root else one.folder.name
         alone = one.address == str(one.folder)
         parent = one.folder.relative_to(root).parent
@@ -126,21 +124,6 @@ def _tell(root: Path, others: Sequence[Path], several: Sequence[DicomSeries]) ->
     for folder in dict.fromkeys(one.folder for one in several):
         listed = "; ".join(one.title for one in several if one.folder == folder)
         logger.info("%s: holds several DICOM series: %s; --series chooses", folder, listed)
-
-
-def _joined(series: Sequence[DicomSeries]) -> list[DicomSeries]:
-    """The series, those of one UID as one where their folders share no slice; folders that do hold copies."""
-    groups: dict[str, list[DicomSeries]] = defaultdict(list)
-    for one in series:
-        groups[one.uid].append(one)
-    joined = []
-    for uid, parts in groups.items():
-        instances = [instance for part in parts for instance in set(part.instances)]
-        if uid and len(parts) > 1 and len(set(instances)) == len(instances):
-            joined += find_series(path for part in parts for path in part.paths)
-        else:
-            joined += parts
-    return sorted(joined, key=lambda one: (str(one.folder), one.address))
 
 
 def _in_list(path: Path) -> Found:
@@ -189,15 +172,8 @@ def _datalist(path: Path) -> list[str]:
 
 def is_own_output(path: Path) -> bool:
     """Whether a volume is a synthetic CT or its standard deviation: their record lies beside it."""
-    name = _stem(path.name)
-    for stem in dict.fromkeys((name, name.removesuffix("_sd"))):
-        record = path.with_name(f"{stem}.json")
-        try:
-            if record.is_file() and RECORD <= set(json.loads(record.read_text())):
-                return True
-        except (OSError, ValueError, TypeError):
-            continue
-    return False
+    stem = _stem(path.name)
+    return any(input_of(path.with_name(name)) for name in (stem, stem.removesuffix("_sd")))
 
 
 # which of them, and what their synthetic CTs are called

@@ -103,15 +103,15 @@ def _whole_numbers(path: Path, name: str, text: str | None) -> tuple[int, ...]:
 
 def _one_of(path: Path, name: str, text: str | None, known: tuple[str, ...] | dict[str, int]) -> str:
     if text not in known:
-        raise InputError(f"{path}: cannot be read, its header has {name} '{(text or '')[:40]}', which is not known")
+        raise InputError(f"{path}: cannot be read, its header has {name} '{(text or '')[:40]}', which is not read")
     return text
 
 
 # MetaImage
 
 
-def check_meta(path: Path) -> tuple[int, ...]:
-    """Hold a ``.mha`` against its header and its checksum.
+def check_meta(path: Path, voxels: bool = True) -> tuple[int, ...]:
+    """Hold a ``.mha`` against its header and, with ``voxels``, its checksum.
 
     Returns:
         The shape, in the file's order of axes.
@@ -120,16 +120,7 @@ def check_meta(path: Path) -> tuple[int, ...]:
         InputError: for a header that is damaged, and for voxels that are missing, damaged or in another file.
     """
     with path.open("rb") as file:
-        header: dict[str, str] = {}
-        for line in _lines(path, file):
-            key, equals, value = line.partition("=")
-            if not equals and line.strip():
-                raise InputError(f"{path}: cannot be read, its header is damaged or not what its name says")
-            header[key.strip()] = value.strip()
-            if key.strip() == "ElementDataFile":
-                break
-        if header["ElementDataFile"] != "LOCAL":
-            raise InputError(f"{path}: its voxels are in another file; save it as one .mha or as NIfTI")
+        header = _meta_fields(path, file)
         shape = _whole_numbers(path, "DimSize", header.get("DimSize"))
         if (len(shape),) != _whole_numbers(path, "NDims", header.get("NDims")):
             raise InputError(f"{path}: cannot be read, its header has {len(shape)} sizes for NDims {header['NDims']}")
@@ -137,31 +128,46 @@ def check_meta(path: Path) -> tuple[int, ...]:
         if channels > 1:
             raise InputError(f"{path}: has {channels} channels; give one number a voxel")
         size = META_TYPES[_one_of(path, "ElementType", header.get("ElementType"), META_TYPES)]
-        if not _switch(path, header, "BinaryData", "False"):
+        if not _switch(path, header, "BinaryData"):
             raise InputError(f"{path}: holds its voxels as text, which is not supported; save it as binary")
         for name in ("BinaryDataByteOrderMSB", "ElementByteOrderMSB"):
-            _switch(path, header, name, "False")
-        expected, left = math.prod(shape) * size, path.stat().st_size - file.tell()
+            _switch(path, header, name)
         if header.get("HeaderSize", "0") != "0":
             raise InputError(f"{path}: has a HeaderSize, which is not supported; save it anew")
-        if _switch(path, header, "CompressedData", "False"):
-            if header.get("CompressedDataSize", str(left)) != str(left):
-                told = header["CompressedDataSize"][:20]
-                raise InputError(f"{path}: {DAMAGED}; {left} of {told} bytes of compressed data are there")
-            left = _zlib_size(path, file, expected)
-        check_amount(path, left, expected)
+        expected, left = math.prod(shape) * size, path.stat().st_size - file.tell()
+        compressed = _switch(path, header, "CompressedData")
+        told = header.get("CompressedDataSize", "nothing")  # without it ITK reads other voxels
+        if compressed and told != str(left):
+            raise InputError(f"{path}: {DAMAGED}; {left} bytes of compressed data are there, its header tells of {told[:20]}")
+        if voxels or not compressed:
+            check_amount(path, _zlib_size(path, file, expected) if compressed else left, expected)
     return shape
 
 
-def _switch(path: Path, header: dict[str, str], name: str, default: str) -> bool:
-    return _one_of(path, name, header.get(name, default), ("True", "False", "true", "false", "TRUE", "FALSE")).lower() == "true"
+def _meta_fields(path: Path, file: BinaryIO) -> dict[str, str]:
+    header: dict[str, str] = {}
+    for line in _lines(path, file):
+        key, equals, value = line.partition("=")
+        if not equals and line.strip():
+            raise InputError(f"{path}: cannot be read, its header is damaged or not what its name says")
+        header[key.strip()] = value.strip()
+        if key.strip() == "ElementDataFile":
+            break
+    if header["ElementDataFile"] != "LOCAL":
+        raise InputError(f"{path}: its voxels are in another file; save it as one .mha or as NIfTI")
+    return header
+
+
+def _switch(path: Path, header: dict[str, str], name: str) -> bool:
+    known = ("True", "False", "true", "false", "TRUE", "FALSE")
+    return _one_of(path, name, header.get(name, "False"), known).lower() == "true"
 
 
 # NRRD
 
 
-def check_nrrd(path: Path) -> tuple[int, ...]:
-    """Hold a ``.nrrd`` against its header and its checksum.
+def check_nrrd(path: Path, voxels: bool = True) -> tuple[int, ...]:
+    """Hold a ``.nrrd`` against its header and, with ``voxels``, its checksum.
 
     Returns:
         The shape, in the file's order of axes.
@@ -171,20 +177,7 @@ def check_nrrd(path: Path) -> tuple[int, ...]:
             axis that is none of space unless it has one element.
     """
     with path.open("rb") as file:
-        lines = _lines(path, file)
-        if not re.fullmatch(r"NRRD000[1-5]", next(lines)):
-            raise InputError(f"{path}: cannot be read, its header is damaged or not what its name says")
-        header: dict[str, str] = {}
-        for line in lines:
-            if not line.strip():
-                break
-            key, colon, value = line.partition(":")
-            if not line.startswith("#") and not value.startswith("="):
-                if not colon:
-                    raise InputError(f"{path}: cannot be read, its header has a damaged line '{line[:40]}'")
-                header[key.strip().lower().replace(" ", "")] = value.strip()
-        if "datafile" in header:
-            raise InputError(f"{path}: its voxels are in another file; save it as one .nrrd or as NIfTI")
+        header = _nrrd_fields(path, file)
         shape = _whole_numbers(path, "sizes", header.get("sizes"))
         if (len(shape),) != _whole_numbers(path, "dimension", header.get("dimension")):
             raise InputError(f"{path}: cannot be read, its header has {len(shape)} sizes for dimension {header['dimension']}")
@@ -195,12 +188,29 @@ def check_nrrd(path: Path) -> tuple[int, ...]:
             _one_of(path, "endian", header.get("endian", "").lower(), ("little", "big"))
         if any(header.get(name, "0") != "0" for name in ("lineskip", "byteskip")):
             raise InputError(f"{path}: skips lines or bytes before its voxels, which is not supported; save it anew")
-        encoding = header.get("encoding", "").lower()
-        _one_of(path, "encoding", encoding, ("raw", "gzip", "gz"))
-        expected = math.prod(shape) * size
-        left = path.stat().st_size - file.tell()
-        check_amount(path, left if encoding == "raw" else _gzip_size(path, file, expected), expected)
+        raw = _one_of(path, "encoding", header.get("encoding", "").lower(), ("raw", "gzip", "gz")) == "raw"
+        expected, left = math.prod(shape) * size, path.stat().st_size - file.tell()
+        if voxels or raw:
+            check_amount(path, left if raw else _gzip_size(path, file, expected), expected)
     return shape
+
+
+def _nrrd_fields(path: Path, file: BinaryIO) -> dict[str, str]:
+    lines = _lines(path, file)
+    if not re.fullmatch(r"NRRD000[1-5]", next(lines)):
+        raise InputError(f"{path}: cannot be read, its header is damaged or not what its name says")
+    header: dict[str, str] = {}
+    for line in lines:
+        if not line.strip():
+            break
+        key, colon, value = line.partition(":")
+        if not line.startswith("#") and not value.startswith("="):
+            if not colon:
+                raise InputError(f"{path}: cannot be read, its header has a damaged line '{line[:40]}'")
+            header[key.strip().lower().replace(" ", "")] = value.strip()
+    if "datafile" in header:
+        raise InputError(f"{path}: its voxels are in another file; save it as one .nrrd or as NIfTI")
+    return header
 
 
 def _check_axes(path: Path, header: dict[str, str], shape: tuple[int, ...]) -> None:

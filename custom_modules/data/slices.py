@@ -100,7 +100,7 @@ def _slice(path: Path, frame: int, header: Dataset, place: Dataset) -> Slice:
     which = f"{path}: frame {frame + 1}" if place is not header else str(path)
     lacking = [name for name in GEOMETRY if place.get(name) in (None, "")]
     if lacking:
-        raise InputError(f"{which} has no {', '.join(lacking)} in its header, so its place is unknown; export it again")
+        raise InputError(f"{which} has no {', '.join(lacking)}; without positions there is no volume; export it again")
     try:
         position, orientation, spacing = (
             np.array(_several(place.get(name)), dtype=float).reshape(shape)

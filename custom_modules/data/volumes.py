@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Hashable, Mapping
@@ -20,12 +21,13 @@ from custom_modules.data.dicom import is_series, read_series, series_at, series_
 from custom_modules.data.hu import AIR_HU, is_hu
 from custom_modules.data.integrity import check_meta, check_nifti, check_nrrd
 from custom_modules.errors import InputError
-from custom_modules.files import atomic_write
+from custom_modules.files import atomic_write, inside
 from custom_modules.settings import is_on
 
 logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".nii.gz", ".nii", ".nrrd", ".mha")
+RECORD = {"input", "output", "settings"}  # keys of the record beside a synthetic CT, among others
 SPACING_LIMITS = (0.05, 50.0)  # mm; outside, a header is broken
 NIFTI_UNITS = {"meter": 1e3, "micron": 1e-3}  # to mm; what has no unit is in mm
 
@@ -109,8 +111,12 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.asanyarray(image.dataobj), affine, spacing if unit == 1 else spacing * unit
 
 
+def _check_itk(path: Path, voxels: bool = True) -> tuple[int, ...]:
+    return (check_nrrd if path.name.lower().endswith(".nrrd") else check_meta)(path, voxels)
+
+
 def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray, None]:
-    shape = check_nrrd(path) if path.name.lower().endswith(".nrrd") else check_meta(path)
+    shape = _check_itk(path)
     if len(shape) > 3:  # ITK has no 4D images in Python
         shape = tuple(size for size in shape if size > 1)
         if len(shape) != 3:
@@ -137,10 +143,11 @@ def read_grid(path: str | Path) -> tuple[tuple[int, ...], tuple[float, ...]] | N
             unit = NIFTI_UNITS.get(header.get_xyzt_units()[0], 1.0) if "xyzt_units" in header else 1.0
             shape, spacing = header.get_data_shape()[:3], [float(zoom) * unit for zoom in header.get_zooms()[:3]]
         else:
+            _check_itk(Path(path), voxels=False)  # or ITK talks about what it finds
             image = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
             image.SetFileName(str(path))
             image.ReadImageInformation()
-            axes = range(min(image.GetNumberOfDimensions(), 3))
+            axes = [n for n in range(image.GetNumberOfDimensions()) if n < 3 or image.GetDimensions(n) > 1]
             shape, spacing = [image.GetDimensions(n) for n in axes], [image.GetSpacing(n) for n in axes]
     except Exception:  # readers raise whatever their libraries do
         return None
@@ -239,9 +246,12 @@ class SaveVolumed(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         for key in self.key_iterator(data):
-            target = beside(self.output_dir / data["output"], self.suffix)
+            target, source = inside(self.output_dir, beside(data["output"], self.suffix)), data["image"].meta["filename_or_obj"]
+            before = input_of(target)
+            if before not in (None, str(Path(source).resolve())):
+                logger.warning("%s: is written anew, from %s; before it was made from %s", target, source, before)
             write_volume(data[key], target)
-            logger.info("%s -> %s", data["image"].meta["filename_or_obj"], target)
+            logger.info("%s -> %s", source, target)
         return dict(data)
 
 
@@ -251,6 +261,16 @@ def beside(path: str | Path, suffix: str, extension: str | None = None) -> Path:
     path = Path(path)
     own = _extension(path.name) or ""
     return path.with_name(path.name[: len(path.name) - len(own)] + suffix + (own if extension is None else extension))
+
+
+def input_of(path: str | Path) -> str | None:
+    """What a synthetic CT was made from by the record beside it; None where there is no record of this program."""
+    record = beside(path, "", ".json")
+    try:
+        content = json.loads(record.read_text()) if record.is_file() else {}
+        return str(content["input"]) if RECORD <= set(content) else None
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def write_volume(volume: MetaTensor, path: str | Path) -> None:
