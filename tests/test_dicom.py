@@ -23,7 +23,7 @@ from pydicom.uid import (
     RLELossless,
     generate_uid,
 )
-from test_volumes import GAP, NORMAL, ORIENTATION, ORIGIN, PIXEL, dicom_slice, dicom_world, save_series
+from test_volumes import GAP, NORMAL, ORIENTATION, ORIGIN, PIXEL, dicom_slice, dicom_world
 
 from custom_modules.data.dicom import find_series, is_series, series_at, split_address
 from custom_modules.data.inputs import find_volumes
@@ -34,7 +34,9 @@ STACK = np.random.default_rng(4).integers(0, 2000, (8, 9, 7))
 Change = Callable[[int, Dataset], object]
 
 
-def write(folder: Path, change: Change | None = None, stack: np.ndarray = STACK, uid: str | None = None, **tags) -> Path:
+def write(
+    folder: Path, change: Change | None = None, stack: np.ndarray = STACK, uid: str | None = None, **tags
+) -> Path:
     """A series of ``stack`` after ``change(k, slice)``, in files whose names do not follow the positions."""
     folder.mkdir(parents=True, exist_ok=True)
     uid, names = uid or generate_uid(), np.random.default_rng(1).permutation(len(stack))
@@ -84,7 +86,9 @@ VARYING = {
     "thickness as text": put("SliceThickness", lambda k: "4" if k < 3 else "4.0"),
     "sequence name": put("SequenceName", lambda k: f"*tse2d1_{k % 2}"),
     "series number": put("SeriesNumber", lambda k: 1 + k % 2),
-    "series date and time": at_once(put("SeriesDate", lambda k: f"2020010{1 + k % 2}"), put("SeriesTime", lambda k: f"0{k}0000")),
+    "series date and time": at_once(
+        put("SeriesDate", lambda k: f"2020010{1 + k % 2}"), put("SeriesTime", lambda k: f"0{k}0000")
+    ),
     "description": put("SeriesDescription", lambda k: f"part {k}"),
     "study": put("StudyInstanceUID", lambda k: generate_uid()),
     "rounded positions": moved(lambda k: [0, 0, 0.004 * (-1) ** k]),
@@ -175,7 +179,9 @@ def test_bits_above_those_that_are_stored_do_not_count(tmp_path):
 def compressed(k: int, item: Dataset, kind: int, folder: Path) -> None:
     """Have GDCM compress the pixels of a slice."""
     writer = itk.GDCMImageIO.New(UseCompression=True, CompressionType=kind)
-    itk.imwrite(itk.image_from_array(STACK[k].astype(np.int16)), str(folder / "frame.dcm"), compression=True, imageio=writer)
+    itk.imwrite(
+        itk.image_from_array(STACK[k].astype(np.int16)), str(folder / "frame.dcm"), compression=True, imageio=writer
+    )
     other = pydicom.dcmread(folder / "frame.dcm")
     item.file_meta.TransferSyntaxUID = other.file_meta.TransferSyntaxUID
     item.PixelData = other.PixelData
@@ -243,7 +249,10 @@ TROUBLE: dict[str, tuple[Change, str]] = {
         "3 orientations",
     ),
     "one slice turned": (one(put("ImageOrientationPatient", lambda k: [1, 0, 0, 0, 1, 0])), "2 orientations"),
-    "a skewed orientation": (one(put("ImageOrientationPatient", lambda k: [1, 0, 0, 0.6, 0.8, 0])), "not perpendicular"),
+    "a skewed orientation": (
+        one(put("ImageOrientationPatient", lambda k: [1, 0, 0, 0.6, 0.8, 0])),
+        "not perpendicular",
+    ),
     "a mosaic": (put("ImageType", lambda k: ["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]), "mosaic"),
     "another pixel spacing": (one(put("PixelSpacing", lambda k: [1, 1])), "pixel spacings"),
     "no positions": (lambda k, item: delattr(item, "ImagePositionPatient"), "no ImagePositionPatient"),
@@ -252,7 +261,10 @@ TROUBLE: dict[str, tuple[Change, str]] = {
     "a position of two numbers": (one(put("ImagePositionPatient", lambda k: [1.0, 2.0])), "damaged header"),
     "no pixels": (one(lambda k, item: delattr(item, "PixelData")), "ends before its pixels"),
     "too few pixels": (one(lambda k, item: setattr(item, "PixelData", item.PixelData[:-10])), "truncated"),
-    "too many pixels": (one(lambda k, item: setattr(item, "PixelData", item.PixelData + b"\0" * 10)), "header tells of"),
+    "too many pixels": (
+        one(lambda k, item: setattr(item, "PixelData", item.PixelData + b"\0" * 10)),
+        "header tells of",
+    ),
     "frames without positions": (put("NumberOfFrames", lambda k: 4), "4 frames without positions"),
     "two modalities": (one(put("Modality", lambda k: "CT")), "CT and MR"),
     "two stacks": (put("StackID", lambda k: str(k // 4)), "2 stacks"),

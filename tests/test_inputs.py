@@ -74,7 +74,12 @@ def test_a_second_run_into_the_folder_of_inputs_changes_nothing(tmp_path, infer)
 # outputs of their own
 
 
-@given(st.sets(st.sampled_from(["a.nii.gz", "a.nii", "a.nrrd", "a.mha", "A.NRRD", "a_mha.mha", "a_2.nii", "x/a.nii.gz"]), min_size=2))
+@given(
+    st.sets(
+        st.sampled_from(["a.nii.gz", "a.nii", "a.nrrd", "a.mha", "A.NRRD", "a_mha.mha", "a_2.nii", "x/a.nii.gz"]),
+        min_size=2,
+    )
+)
 def test_no_two_volumes_share_an_output_or_a_record(tmp_path_factory, names):
     root = tmp_path_factory.mktemp("in")
     touch(root, *names)

@@ -187,7 +187,9 @@ def huge(path: Path) -> Path:
         fields = f"ObjectType = Image\nNDims = 3\nBinaryData = True\nCompressedData = {packed}\nDimSize = {text}\n"
         data = zlib.compress(bytes(1000)) if packed else bytes(1000)
         fields += f"CompressedDataSize = {len(data)}\n" * packed
-        path.write_bytes(f"{fields}ElementSpacing = 2 2 2\nElementType = MET_SHORT\nElementDataFile = LOCAL\n".encode() + data)
+        path.write_bytes(
+            f"{fields}ElementSpacing = 2 2 2\nElementType = MET_SHORT\nElementDataFile = LOCAL\n".encode() + data
+        )
     return path
 
 
@@ -198,7 +200,9 @@ def test_a_header_that_asks_for_terabytes_is_refused_before_they_are_reserved(tm
         read_volume(path)
 
 
-def test_a_compressed_file_that_would_fill_the_memory_is_read_no_further_than_its_header_tells(tmp_path, limited_memory):
+def test_a_compressed_file_that_would_fill_the_memory_is_read_no_further_than_its_header_tells(
+    tmp_path, limited_memory
+):
     header = nib.load(save(tmp_path / "a.nii", VALUES)).header
     with gzip.open(tmp_path / "bomb.nii.gz", "wb", compresslevel=1) as file:
         file.write(header.binaryblock)
@@ -225,7 +229,9 @@ def test_nifti_is_brought_to_millimetres_by_its_unit(tmp_path, unit, scale):
 def test_micrometres_without_a_unit_are_refused_by_their_spacing(tmp_path):
     path = save(tmp_path / "a.nii.gz", VALUES, np.diag([3000.0, 3000, 5000, 1]))
     assert read_grid(path) is None  # so that nobody reckons the memory of it
-    with pytest.raises(InputError, match="spacing 3000 x 3000 x 5000 mm is not usable; correct the header and its unit"):
+    with pytest.raises(
+        InputError, match="spacing 3000 x 3000 x 5000 mm is not usable; correct the header and its unit"
+    ):
         read_volume(path)
 
 

@@ -48,7 +48,18 @@ PLACE = (
     *GEOMETRY, *TELLING, "StackID", "InstanceNumber", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence",
     "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "Rows", "Columns", "NumberOfFrames",
 )  # fmt: skip
-NO_IMAGES = ("SEG", "RTDOSE", "RTSTRUCT", "RTPLAN", "SR", "PR", "KO", "REG", "DOC", "FID")  # modalities made from images
+NO_IMAGES = (
+    "SEG",
+    "RTDOSE",
+    "RTSTRUCT",
+    "RTPLAN",
+    "SR",
+    "PR",
+    "KO",
+    "REG",
+    "DOC",
+    "FID",
+)  # modalities made from images
 SUFFIXES = (".dcm", ".ima", ".dicom")
 HEAD = 132  # bytes of the preamble and the magic word after it (PS3.10)
 DAMAGED = "is a DICOM file that cannot be read, damaged or cut off; replace or remove it"
@@ -140,7 +151,7 @@ def find_series(source: str | Path | Iterable[Path]) -> list[DicomSeries]:
         DicomSeries(folder, "", (), str(folder), damaged=tuple(sorted(messages)))
         for folder, messages in damaged.items() if folder not in covered
     ]  # fmt: skip
-    return sorted(found, key=lambda series: (str(series.folder), int("0" + re.sub(r"\D", "", series.number)), series.uid))
+    return sorted(found, key=_rank)
 
 
 def join_series(series: Sequence[DicomSeries]) -> list[DicomSeries]:
@@ -155,7 +166,12 @@ def join_series(series: Sequence[DicomSeries]) -> list[DicomSeries]:
             joined += find_series(path for part in parts for path in part.paths)
         else:
             joined += parts
-    return sorted(joined, key=lambda one: (str(one.folder), one.address))
+    return sorted(joined, key=_rank)
+
+
+def _rank(series: DicomSeries) -> tuple[str, int, str]:
+    """Series are listed by folder and number."""
+    return str(series.folder), int("0" + re.sub(r"\D", "", series.number)), series.uid
 
 
 def _are_parts(parts: Sequence[DicomSeries]) -> bool:

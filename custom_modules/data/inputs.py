@@ -111,7 +111,9 @@ def _in_folder(root: Path) -> Found:
     _tell(root, others, [one for one in series if "#" in one.address])
     if not found and others:
         names = ", ".join(path.name for path in others[:5])
-        raise InputError(f"{root}: holds no volume that is read ({', '.join(EXTENSIONS)}, DICOM), only {names}; convert it")
+        raise InputError(
+            f"{root}: holds no volume that is read ({', '.join(EXTENSIONS)}, DICOM), only {names}; convert it"
+        )
     return found
 
 

@@ -38,7 +38,9 @@ def check_amount(path: Path, found: int, expected: int, spare: int = 0) -> None:
     if found < expected:
         raise InputError(f"{path}: {DAMAGED}; it holds {found} of {expected} bytes of voxels")
     if found > expected + spare:
-        raise InputError(f"{path}: holds {found} bytes of voxels, its header tells of {expected}; correct or replace it")
+        raise InputError(
+            f"{path}: holds {found} bytes of voxels, its header tells of {expected}; correct or replace it"
+        )
 
 
 def check_nifti(path: Path, offset: int, shape: tuple[int, ...], itemsize: int) -> None:
@@ -138,7 +140,9 @@ def check_meta(path: Path, voxels: bool = True) -> tuple[int, ...]:
         compressed = _switch(path, header, "CompressedData")
         told = header.get("CompressedDataSize", "nothing")  # without it ITK reads other voxels
         if compressed and told != str(left):
-            raise InputError(f"{path}: {DAMAGED}; {left} bytes of compressed data are there, its header tells of {told[:20]}")
+            raise InputError(
+                f"{path}: {DAMAGED}; {left} bytes of compressed data are there, its header tells of {told[:20]}"
+            )
         if voxels or not compressed:
             check_amount(path, _zlib_size(path, file, expected) if compressed else left, expected)
     return shape
@@ -180,7 +184,9 @@ def check_nrrd(path: Path, voxels: bool = True) -> tuple[int, ...]:
         header = _nrrd_fields(path, file)
         shape = _whole_numbers(path, "sizes", header.get("sizes"))
         if (len(shape),) != _whole_numbers(path, "dimension", header.get("dimension")):
-            raise InputError(f"{path}: cannot be read, its header has {len(shape)} sizes for dimension {header['dimension']}")
+            raise InputError(
+                f"{path}: cannot be read, its header has {len(shape)} sizes for dimension {header['dimension']}"
+            )
         _check_axes(path, header, shape)
         types = {name: size for size, names in NRRD_TYPES.items() for name in names}
         size = types[_one_of(path, "type", header.get("type", "").lower(), types)]

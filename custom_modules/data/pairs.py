@@ -57,8 +57,6 @@ def load_pairs(
     return pairs
 
 
-
-
 def load_pairs_or_stop(*args: Any, **kwargs: Any) -> dict[str, list[Pair]]:
     """:func:`load_pairs` for configs: an :class:`InputError` ends the program with its one line."""
     try:
@@ -109,7 +107,9 @@ def _shared_patients(items: Sequence[tuple[str, Pair]], digests: Sequence[str]) 
         for mark in sorted(marks - {""}):
             other, image = owner.setdefault(mark, (split, pair["image"]))
             if other != split:
-                problems.append(f"{pair['image']}: the same patient as {image}, once in '{other}' and once in '{split}'")
+                problems.append(
+                    f"{pair['image']}: the same patient as {image}, once in '{other}' and once in '{split}'"
+                )
                 break
     return problems
 
@@ -143,9 +143,3 @@ def _problems(mr: Any, ct: Any, pair: Pair) -> list[str]:
     if mr_is_ct:
         problems.append(f"{pair['image']}: goes down to {float(mr.min()):g} as a CT does; image must be the MR")
     return problems
-
-
-
-
-
-

@@ -51,9 +51,15 @@ def read_frames(path: Path) -> np.ndarray:
 def _check_form(item: Dataset, path: Path) -> None:
     if int(item.get("SamplesPerPixel", 1)) != 1:
         raise InputError(f"{path}: holds colours; give one number a voxel")
-    allocated, stored, high = int(item.BitsAllocated), int(item.BitsStored), int(item.get("HighBit", item.BitsStored - 1))
+    allocated, stored, high = (
+        int(item.BitsAllocated),
+        int(item.BitsStored),
+        int(item.get("HighBit", item.BitsStored - 1)),
+    )
     if allocated not in (8, 16, 32) or not 0 < stored <= allocated or high != stored - 1:
-        raise InputError(f"{path}: has pixels of {stored} in {allocated} bits up to bit {high}, which are not supported")
+        raise InputError(
+            f"{path}: has pixels of {stored} in {allocated} bits up to bit {high}, which are not supported"
+        )
 
 
 def _check_length(item: Dataset, path: Path) -> None:
@@ -109,7 +115,9 @@ def _by_itk(item: Dataset, part: bytes, syntax: pydicom.uid.UID, path: Path) -> 
         try:
             pixels = itk.array_from_image(itk.imread(str(file), pixel_type=itk.D, imageio=itk.GDCMImageIO.New()))
         except RuntimeError as error:
-            raise InputError(f"{path}: its pixels ({syntax.name}) are damaged or cannot be decoded; replace it") from error
+            raise InputError(
+                f"{path}: its pixels ({syntax.name}) are damaged or cannot be decoded; replace it"
+            ) from error
     return pixels.reshape(pixels.shape[-2:])
 
 

@@ -32,20 +32,6 @@ from custom_modules.errors import InputError
 logger = logging.getLogger(__name__)
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 class StandardizeMRd(MapTransform):
     """Bring the scale of an MR to that of the training set, whose fat is near 1000.
 
@@ -75,8 +61,6 @@ class StandardizeMRd(MapTransform):
                 logger.info("MR rescaled: its 99th percentile was %.4g, now %.4g", found, self.reference)
                 data[key] = image * (self.reference / found)
         return data
-
-
 
 
 class Preprocess(Transform):

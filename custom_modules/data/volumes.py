@@ -246,7 +246,10 @@ class SaveVolumed(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         for key in self.key_iterator(data):
-            target, source = inside(self.output_dir, beside(data["output"], self.suffix)), data["image"].meta["filename_or_obj"]
+            target, source = (
+                inside(self.output_dir, beside(data["output"], self.suffix)),
+                data["image"].meta["filename_or_obj"],
+            )
             before = input_of(target)
             if before not in (None, str(Path(source).resolve())):
                 logger.warning("%s: is written anew, from %s; before it was made from %s", target, source, before)
