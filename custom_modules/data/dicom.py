@@ -334,7 +334,8 @@ def read_series(series: DicomSeries, name: str | None = None) -> tuple[np.ndarra
         for place, item in places:
             if frames.shape[1:] != (rows, columns) or item.frame >= len(frames):
                 raise InputError(f"{path}: its pixels are not those that its header tells of; replace it")
-            volume[place] = frames[item.frame] * np.float64(item.slope) + np.float64(item.intercept)
+            with np.errstate(all="ignore"):
+                volume[place] = frames[item.frame] * np.float64(item.slope) + np.float64(item.intercept)
     return volume.transpose(2, 1, 0), slice_affine(slices)
 
 

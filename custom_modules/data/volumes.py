@@ -72,7 +72,8 @@ def read_volume(path: str | Path) -> MetaTensor:
         raise InputError(f"{path}: holds colours or complex numbers; give one number a voxel")
     if array.ndim == 4 and array.shape[-1] == 1:
         array = array[..., 0]
-    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    with np.errstate(all="ignore"):  # what is beyond float32 becomes infinite, and is refused below
+        tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
     check_volume(tensor, affine, str(path), spacing)
     # with its channel: a MetaTensor made without one takes (D, H, W) for a 2D image with channels
     return MetaTensor(tensor[None], affine=torch.from_numpy(affine), meta=meta)
