@@ -14,11 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.data import ITKReader
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate, generate_frames
 from pydicom.sequence import Sequence
 from pydicom.uid import (
     BasicTextSRStorage,
+    DeflatedExplicitVRLittleEndian,
     EnhancedMRImageStorage,
+    ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
     MediaStorageDirectoryStorage,
     RLELossless,
     generate_uid,
@@ -177,10 +181,14 @@ def test_bits_above_those_that_are_stored_do_not_count(tmp_path):
 
 
 def compressed(k: int, item: Dataset, kind: int, folder: Path) -> None:
-    """Have GDCM compress the pixels of a slice."""
+    """Have GDCM compress the pixels of slice ``k`` of STACK."""
+    gdcm(STACK[k], item, kind, folder)
+
+
+def gdcm(pixels: np.ndarray, item: Dataset, kind: int, folder: Path) -> None:
     writer = itk.GDCMImageIO.New(UseCompression=True, CompressionType=kind)
     itk.imwrite(
-        itk.image_from_array(STACK[k].astype(np.int16)), str(folder / "frame.dcm"), compression=True, imageio=writer
+        itk.image_from_array(pixels.astype(np.int16)), str(folder / "frame.dcm"), compression=True, imageio=writer
     )
     other = pydicom.dcmread(folder / "frame.dcm")
     item.file_meta.TransferSyntaxUID = other.file_meta.TransferSyntaxUID
@@ -200,6 +208,42 @@ def test_compressed_slices_are_read_and_cut_ones_refused(tmp_path, kind):
         victim = sorted(folder.iterdir())[2]
         victim.write_bytes(victim.read_bytes()[: int(share * victim.stat().st_size)])
         assert victim.name in refused(folder)
+
+
+@pytest.mark.parametrize("kind", ["RLE", *KINDS])
+def test_compressed_frames_are_read_and_each_must_be_there(tmp_path, kind):
+    path = enhanced(tmp_path / "a" / "IM1")
+    item = pydicom.dcmread(path)
+    if kind == "RLE":
+        item.compress(RLELossless, generate_instance_uid=False)
+    else:
+        frames = item.pixel_array
+        parts = []
+        for frame in frames:
+            single = dicom_slice(frame, ORIGIN, 1, "1.2")
+            gdcm(frame, single, KINDS[kind], tmp_path)
+            parts += generate_frames(single.PixelData, number_of_frames=1)
+        item.file_meta.TransferSyntaxUID, item.PixelData = single.file_meta.TransferSyntaxUID, encapsulate(parts)
+        item["PixelData"].VR, item["PixelData"].is_undefined_length = "OB", True
+    item.save_as(path)
+    is_whole(path)
+    item.PixelData = encapsulate(list(generate_frames(item.PixelData, number_of_frames=8))[:7])
+    item.save_as(path)
+    assert "IM1" in refused(path)
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian])
+def test_every_uncompressed_syntax_is_read(tmp_path, syntax):
+    folder = write(tmp_path / "a")
+    for path in folder.iterdir():
+        item, plain = pydicom.dcmread(path), Dataset()
+        pixels = item.pixel_array
+        plain.update(item)
+        plain.file_meta, plain.preamble = item.file_meta, b"\0" * 128
+        plain.file_meta.TransferSyntaxUID = syntax
+        plain.PixelData = pixels.astype("<i2" if syntax.is_little_endian else ">i2").tobytes()
+        plain.save_as(path, enforce_file_format=True)
+    is_whole(folder)
 
 
 def test_rle_is_read(tmp_path):

@@ -145,7 +145,11 @@ def find_series(source: str | Path | Iterable[Path]) -> list[DicomSeries]:
     for path in set(files) - set(dicom):
         if _is_remnant(path, dicom):
             damaged[path.parent].append(f"{path}: {DAMAGED}")
-    found = [_series(uid, members, damaged, len(groups) == 1) for uid, members in groups.items()]
+    uids: dict[Path, set[str]] = defaultdict(set)
+    for uid, members in groups.items():
+        for path, _ in members:
+            uids[path.parent].add(uid)
+    found = [_series(uid, members, damaged, uids) for uid, members in groups.items()]
     covered = {path.parent for series in found for path in series.paths}
     found += [
         DicomSeries(folder, "", (), str(folder), damaged=tuple(sorted(messages)))
@@ -219,11 +223,14 @@ def _is_image(header: Dataset, path: Path) -> bool:
     return sized
 
 
-def _series(uid: str, members: list[tuple[Path, Dataset]], damaged: dict[Path, list[str]], alone: bool) -> DicomSeries:
+def _series(
+    uid: str, members: list[tuple[Path, Dataset]], damaged: dict[Path, list[str]], uids: dict[Path, set[str]]
+) -> DicomSeries:
+    """A series of ``members``; ``damaged`` and ``uids`` tell what else is in their folders."""
     paths, headers = zip(*members)
     folder = Path(os.path.commonpath([path.parent for path in paths]))
     below = any(path.parent != folder for path in paths)
-    address = f"{folder}#{uid}*" if below else str(folder) if alone else f"{folder}#{uid}"
+    address = f"{folder}#{uid}*" if below else str(folder) if len(uids[folder]) == 1 else f"{folder}#{uid}"
     first = headers[0]
     modalities = sorted({str(header.get("Modality") or "") for header in headers})
     patients = sorted({str(header.get("PatientID") or "") for header in headers})

@@ -14,7 +14,7 @@ from custom_modules.errors import InputError
 
 UNEVEN = 0.1  # of the slice spacing: how far a gap may be from it, and a slice from its place on an even grid
 ROUNDING = 0.1  # mm; what headers round positions to is never uneven
-SAME_PLACE = 1e-3  # mm
+SAME_PLACE = 0.01  # mm
 TILT = 0.5  # degrees between the slices' normal and the line through their origins
 # What tells slices at one position apart, in the words of the standard; what varies from slice to slice comes last
 TELLING = (

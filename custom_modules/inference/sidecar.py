@@ -13,6 +13,7 @@ import monai
 import torch
 
 from custom_modules.data.volumes import beside, volume_files
+from custom_modules.errors import InputError
 from custom_modules.files import sha256, to_plain, write_json
 from custom_modules.memory import peak_memory_gib
 
@@ -52,7 +53,10 @@ class Sidecar:
         record = beside(target, "", ".json")
         if not (target.is_file() and record.is_file()):
             return False
-        made = {"input_sha256": sha256(volume_files(item["image"])), **self._of_all()}
+        try:
+            made = {"input_sha256": sha256(volume_files(item["image"])), **self._of_all()}
+        except (InputError, OSError):  # whoever reads it says what is wrong
+            return False
         found = json.loads(record.read_text())
         return all(found.get(name) == value for name, value in to_plain(made).items())
 
