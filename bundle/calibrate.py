@@ -15,7 +15,7 @@ from custom_modules.data.pairs import load_pairs
 from custom_modules.data.volumes import beside, read_volume
 from custom_modules.errors import InputError
 from custom_modules.evaluation.uncertainty import coverage, fit_scale
-from custom_modules.files import sha256, write_json
+from custom_modules.files import inside, sha256, write_json
 from custom_modules.inference.guard import fit
 
 
@@ -40,6 +40,8 @@ def calibrate(
     pairs = _pairs(dataset_dir, datalist, split)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(pred_dir or scratch)
+        for pair in pairs:
+            inside(folder, pair["patient"])
         volumes = [{"image": pair["image"], "output": f"{pair['patient']}_sct.nii.gz"} for pair in pairs]
         own = {"output_dir": str(folder), "calibration": None, "guard_statistics": None, "dataset#data": volumes}
         workflow = inference_workflow(**own, num_samples=num_samples, **settings)

@@ -10,7 +10,7 @@ import numpy as np
 from bundle.synthesize import picture
 from custom_modules.data.volumes import read_volume
 from custom_modules.evaluation.split import Evaluation
-from custom_modules.files import writable_or_stop
+from custom_modules.files import inside, writable_or_stop
 
 
 def evaluate(
@@ -48,11 +48,15 @@ def evaluate(
     finally:  # of patients that were scored, also where others were not
         if pictures:
             for pair in evaluation.pairs:
-                _picture(pair, Path(pred_dir or output_dir) / f"{pair['patient']}_sct.nii.gz")
+                _picture(pair, Path(pred_dir or output_dir))
 
 
-def _picture(pair: dict[str, str], sct: Path) -> None:
+def _picture(pair: dict[str, str], folder: Path) -> None:
     try:
-        picture(pair["image"], sct, np.asarray(read_volume(pair["label"])[0]))
-    except ValueError:  # a volume that is missing, or on another grid; the scores have said so
+        picture(
+            pair["image"], inside(folder, f"{pair['patient']}_sct.nii.gz"), np.asarray(read_volume(pair["label"])[0])
+        )
+    except (
+        ValueError
+    ):  # a volume that is missing, on another grid, or of a patient that is none; the scores have said so
         return

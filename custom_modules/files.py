@@ -8,12 +8,12 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from custom_modules.errors import stop
+from custom_modules.errors import InputError, stop
 
 PARTIAL = ".partial-"  # prefix of a file that is being written; hidden, so that nobody takes it for a result
 
@@ -70,15 +70,48 @@ def to_plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def sha256(path: str | Path) -> str:
-    """SHA-256 of a file, or of all files of a folder in the order of their names (a DICOM series)."""
-    path = Path(path)
+def sha256(path: str | Path | Iterable[Path]) -> str:
+    """SHA-256 of a file, of several one after the other, or of all files of a folder in the order of their names."""
+    if isinstance(path, (str, Path)):
+        folder = Path(path)
+        path = sorted(f for f in folder.iterdir() if f.is_file()) if folder.is_dir() else [folder]
     digest = hashlib.sha256()
-    for file in sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]:
+    for file in path:
         with file.open("rb") as stream:
             while block := stream.read(2**20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def walk(root: str | Path) -> Iterator[tuple[Path, list[str]]]:
+    """Each folder from ``root`` on with the names in it that are no folders, both in the order of names.
+
+    Linked folders are followed, each folder once. Hidden files and folders, and ``__MACOSX``, are left out.
+    """
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
+        yield Path(folder), sorted(name for name in names if not name.startswith("."))
+
+
+def inside(folder: str | Path, name: str | Path) -> Path:
+    """The path of ``name``, which data gave, below ``folder``; ``a/b`` is a name of two parts.
+
+    Raises:
+        InputError: for a name that is empty or leads out of the folder: absolute, or with ``..``.
+    """
+    path = Path(str(name))
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in str(name):
+        raise InputError(f"'{name}' leads out of {folder} and cannot be a name; take one without '..' or a leading '/'")
+    target = Path(folder) / path
+    if not Path(os.path.realpath(target)).is_relative_to(os.path.realpath(folder)):
+        raise InputError(f"'{name}' leads out of {folder} by a link; take another name or remove the link")
+    return target
 
 
 def writable_or_stop(path: str | Path) -> str:

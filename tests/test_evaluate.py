@@ -172,6 +172,32 @@ def test_a_patient_who_cannot_be_scored_is_named_and_in_no_mean(cohort, kind):
     assert name in summary["patients"]["p1"]["problem"]
 
 
+def renamed(folder: Path, name: str) -> None:
+    """Call the first test patient ``name``."""
+    content = json.loads((folder / "datalist.json").read_text())
+    content["test"][0]["patient"] = name
+    (folder / "datalist.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("name", ["../p1", "x/../../p1", "/p1"])
+@pytest.mark.parametrize("pred_dir", ["pred", None])
+def test_a_patient_whose_name_leads_out_is_refused_before_anything_is_touched(cohort, name, pred_dir):
+    renamed(cohort, name)
+    (cohort / "out").mkdir()
+    (cohort / "p1_sct.nii.gz").write_text("precious")
+    assert "leads out of" in ending(cohort, pred_dir=pred_dir and str(cohort / pred_dir))
+    assert (cohort / "p1_sct.nii.gz").read_text() == "precious" and not list((cohort / "out").iterdir())
+
+
+def test_a_patient_of_a_site_has_a_name_of_two_parts(cohort, checkpoint):
+    renamed(cohort, "site/001")
+    settings = {"checkpoint": str(checkpoint), "device": "$torch.device('cpu')", "guard_statistics": None}
+    (cohort / "tiny.yaml").write_text(json.dumps(TINY))
+    evaluation(cohort, pred_dir=None, config=str(cohort / "tiny.yaml"), settings=settings).run()
+    assert {row["patient"] for row in rows_of(cohort)} == {"site/001", "p2"}
+    assert (cohort / "out" / "site" / "001_sct.nii.gz").is_file()
+
+
 def test_all_patients_failing_still_leaves_the_reasons(cohort):
     for number in (1, 2):
         (cohort / "pred" / f"p{number}_sct.nii.gz").unlink()

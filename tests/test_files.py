@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from custom_modules.files import PARTIAL, atomic_write, sha256, write_json, write_text, writable_or_stop
+from custom_modules.files import PARTIAL, atomic_write, sha256, writable_or_stop, write_json, write_text
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):

@@ -10,8 +10,8 @@ from torch import nn
 
 from custom_modules.errors import InputError
 from custom_modules.inference.inferer import DENOISER_BYTES, TILE_BYTES, WholeVolumeInferer
-from custom_modules.inference.windows import WindowInferer
 from custom_modules.inference.tensorrt import through_forward
+from custom_modules.inference.windows import WindowInferer
 from custom_modules.networks.autoencoder import WaveletAutoencoderKL
 from custom_modules.networks.denoiser import LatentDenoiser
 from custom_modules.networks.schedule import DDIMSchedule

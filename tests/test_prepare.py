@@ -28,7 +28,7 @@ from bundle.phantom.command import whole_body_phantom
 from bundle.prepare import command as prepare_module
 from bundle.prepare.cleaning import CorrectBiasFieldd, RemoveCouchd, bias_field, ct_body
 from bundle.prepare.command import Limits, Settings, choose, is_finished, prepare, split_patients
-from bundle.prepare.patients import Patient, check_modality, find_patients, find_sources, load_patient, read_source
+from bundle.prepare.patients import Patient, check_modality, find_patients, find_sources, load_patient
 from bundle.prepare.registration import (
     PARAMETERS,
     body_dice,
@@ -129,11 +129,11 @@ def test_a_datalist_that_is_none_is_refused_by_name(tmp_path, content):
         find_patients(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../outside", "a/b", ".."])
+@pytest.mark.parametrize("name", ["../outside", "/a", ".."])
 def test_a_datalist_cannot_name_a_folder_outside_the_output(tmp_path, name):
     entry = {"image": "mr.nii.gz", "label": "ct.nii.gz", "patient": name}
     (tmp_path / "datalist.json").write_text(json.dumps({"training": [entry]}))
-    with pytest.raises(InputError, match="patient"):
+    with pytest.raises(InputError, match="leads out"):
         find_patients(tmp_path)
 
 
@@ -193,7 +193,7 @@ def save_dicom(folder: Path, kind: str, slices: int = 8, **tags) -> Path:
 
 def only(folder: Path) -> MetaTensor:
     (source,) = find_sources(patient(folder))
-    return read_source(source)
+    return read_volume(source.path)
 
 
 def test_a_series_is_that_of_read_volume(tmp_path):
@@ -278,7 +278,7 @@ BAD_SERIES = {
     "gantry tilt": (lambda f: edit(f, tilted), "gantry tilt of 1[67]"),
     "missing slice": (missing, "missing"),
     "uneven spacing": (lambda f: edit(f, uneven), "unevenly"),
-    "two slices at one position": (duplicated, "two slices at"),
+    "two slices at one position": (duplicated, "2 slices at 1 of 8 positions"),
     "a slice of another orientation": (
         lambda f: edit(f, lambda i: setattr(i, "ImageOrientationPatient", [1, 0, 0, 0, 1, 0]), only_one=True),
         "orientations",

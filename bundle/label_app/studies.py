@@ -12,6 +12,7 @@ import numpy as np
 from monailabel.datastore.local import LocalDatastore
 from monailabel.utils.sessions import Sessions
 
+from custom_modules.data.dicom import split_address
 from custom_modules.data.inputs import find_volumes
 from custom_modules.data.volumes import EXTENSIONS, read_volume
 from custom_modules.errors import InputError
@@ -43,7 +44,8 @@ def check_volume_file(path: str | Path, label_map: bool = False) -> dict[str, st
     """
     found = find_volumes(path)
     if len(found) > 1:
-        raise InputError(f"{path}: holds {len(found)} volumes; give one")
+        addresses = ", ".join(Path(item["image"]).name for item in found[:8])
+        raise InputError(f"{path}: holds {len(found)} volumes ({addresses}); give one")
     values = np.asarray(read_volume(found[0]["image"])).ravel()
     distinct = np.unique(values[:: max(1, values.size // 10**6)])
     if not label_map and len(distinct) <= LABEL_MAP_VALUES and (distinct == distinct.round()).all():
@@ -75,13 +77,14 @@ class Studies(LocalDatastore):
         if uri:
             return image, Path(uri)
         try:
-            path = (self.folder / image).resolve()
-            inside = path.exists() and path != self.folder and path.is_relative_to(self.folder)
+            place, uid = split_address(self.folder / image)
+            place = place.resolve()
+            there = place.exists() and place != self.folder and place.is_relative_to(self.folder)
         except (OSError, ValueError):
-            inside = False
-        if not inside:
+            there = False
+        if not there:
             raise NotFound(f"no image '{image}' in the studies folder; GET /datastore/?output=all lists them")
-        return None, path
+        return None, Path(f"{place}#{uid}" if uid else place)
 
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
         check_name(image_id)

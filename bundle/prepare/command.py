@@ -28,7 +28,7 @@ from custom_modules.data.body import BodyMaskd, CropAboveShouldersd
 from custom_modules.data.transforms import StandardizeMRd
 from custom_modules.data.volumes import write_volume
 from custom_modules.errors import InputError, one_line, stop
-from custom_modules.files import atomic_write, writable_or_stop, write_json, write_text
+from custom_modules.files import atomic_write, inside, writable_or_stop, write_json, write_text
 from custom_modules.memory import peak_memory_gib
 
 logger = logging.getLogger(__name__)
@@ -288,9 +288,10 @@ def _work(patient: Patient, out: Path, settings: Settings, send: Any) -> None:
     """The body of a patient's process: one thread, so that results do not depend on how many workers there are."""
     torch.set_num_threads(1)
     itk.MultiThreaderBase.SetGlobalDefaultNumberOfThreads(1)
-    started, folder = time.perf_counter(), out / patient.name
+    started = time.perf_counter()
     name = str(patient.given.get("mr", patient.folder))
     try:
+        folder = inside(out, patient.name)
         (folder / FINISHED).unlink(missing_ok=True)
         result = prepare_patient(patient, folder, settings)
         result["seconds"] = time.perf_counter() - started

@@ -31,3 +31,13 @@ def check_hu(volume: np.ndarray, name: str) -> None:
             f"{name}: {low:g} to {high:g} are not Hounsfield units (fat is -100, air -1000); "
             "apply the rescale slope and intercept"
         )
+
+
+def is_hu(volume: np.ndarray) -> bool:
+    """Whether (D, H, W) passes for a CT: :func:`check_hu` accepts it, and more than a hundredth of it is air or lung, not
+    just the undershoot that filters leave beside edges of an MR."""
+    try:
+        check_hu(volume, "")
+    except InputError:
+        return False
+    return bool((volume < TISSUE_HU).mean() > 0.01)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from custom_modules.data.grid import REGISTER, check_same_grid
 from custom_modules.data.hu import check_hu
-from custom_modules.data.volumes import EXTENSIONS, read_volume
+from custom_modules.data.volumes import EXTENSIONS, read_volume, volume_files
 from custom_modules.errors import InputError, stop
 from custom_modules.files import sha256
 
@@ -54,8 +54,6 @@ def load_pairs(
         root = os.path.normpath(base_dir)  # MONAI takes a name for a path where there is a folder of that name
         entry["patient"] = str(patient.relative_to(root) if patient.is_relative_to(root) else patient)
     return pairs
-
-
 
 
 def load_pairs_or_stop(*args: Any, **kwargs: Any) -> dict[str, list[Pair]]:
@@ -118,7 +116,9 @@ def _shared_patients(items: Sequence[tuple[str, Pair]], digests: Sequence[str]) 
         for mark in sorted(marks - {""}):
             other, image = owner.setdefault(mark, (split, pair["image"]))
             if other != split:
-                problems.append(f"{pair['image']}: the same patient as {image}, once in '{other}' and once in '{split}'")
+                problems.append(
+                    f"{pair['image']}: the same patient as {image}, once in '{other}' and once in '{split}'"
+                )
                 break
     return problems
 
@@ -131,8 +131,7 @@ def _inspect(pair: Pair) -> tuple[list[str], str]:
             volumes[key] = read_volume(pair[key])
         except InputError as error:
             return [str(error)], ""
-        path = Path(pair[key])
-        digests.append(sha256(path))
+        digests.append(sha256(volume_files(pair[key])))
     return _problems(volumes["image"], volumes["label"], pair), " ".join(digests)
 
 
@@ -153,9 +152,3 @@ def _problems(mr: Any, ct: Any, pair: Pair) -> list[str]:
     if mr_is_ct:
         problems.append(f"{pair['image']}: goes down to {float(mr.min()):g} as a CT does; image must be the MR")
     return problems
-
-
-
-
-
-

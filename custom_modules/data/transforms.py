@@ -32,20 +32,6 @@ from custom_modules.errors import InputError
 logger = logging.getLogger(__name__)
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 class StandardizeMRd(MapTransform):
     """Bring the scale of an MR to that of the training set, whose fat is near 1000.
 
@@ -77,8 +63,6 @@ class StandardizeMRd(MapTransform):
         return data
 
 
-
-
 class Preprocess(Transform):
     """From files to what the networks see, but for the last intensity scaling (section IV.A).
 
@@ -90,6 +74,7 @@ class Preprocess(Transform):
         label: whether the data have a CT in ``label``, on the grid of the MR.
         crop_above_shoulders: cut away head and neck.
         mr_reference: see :class:`StandardizeMRd`.
+        allow_ct: let the MR be a CT, see :class:`~custom_modules.data.volumes.ReadVolumed`.
     """
 
     def __init__(
@@ -98,11 +83,12 @@ class Preprocess(Transform):
         label: bool = False,
         crop_above_shoulders: bool = False,
         mr_reference: float = 1050.0,
+        allow_ct: bool = True,
     ) -> None:
         keys = ["image", "label"] if label else ["image"]
         self.transform = Compose(
             [
-                ReadVolumed(keys),
+                ReadVolumed(keys, allow_ct=allow_ct),
                 SameGridd(keys),
                 Orientationd(keys, axcodes="RAS", labels=None),
                 Spacingd(keys, pixdim=spacing, mode="bilinear", padding_mode="border"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,50 +12,56 @@ from typing import Any
 import itk
 import nibabel as nib
 import numpy as np
-import pydicom
 import torch
 from monai.config import KeysCollection
 from monai.data import ITKReader, ITKWriter, MetaTensor
 from monai.transforms import MapTransform
 
-from custom_modules.data.hu import AIR_HU
+from custom_modules.data.dicom import is_series, read_series, series_at, series_grid, split_address
+from custom_modules.data.hu import AIR_HU, is_hu
+from custom_modules.data.integrity import check_meta, check_nifti, check_nrrd
 from custom_modules.errors import InputError
-from custom_modules.files import atomic_write
+from custom_modules.files import atomic_write, inside
 
 logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".nii.gz", ".nii", ".nrrd", ".mha")
+RECORD = {"input", "output", "settings"}  # keys of the record beside a synthetic CT, among others
 SPACING_LIMITS = (0.05, 50.0)  # mm; outside, a header is broken
+NIFTI_UNITS = {"meter": 1e3, "micron": 1e-3}  # to mm; what has no unit is in mm
+
+# what libraries remark on headers is no news to people, who get a message where it matters
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
+itk.ProcessObject.SetGlobalWarningDisplay(False)
 
 
 def _extension(name: str) -> str | None:
     return next((e for e in EXTENSIONS if name.lower().endswith(e)), None)
 
 
-def _is_dicom(path: Path) -> bool:
-    """Whether the file carries DICOM's magic word after its preamble (PS3.10)."""
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
-
-
-
-
-
-
 def read_volume(path: str | Path) -> MetaTensor:
     """Read one 3D volume as (1, D, H, W) float32 with its affine (RAS mm).
 
+    Args:
+        path: of a file, or the address of a DICOM series (:mod:`custom_modules.data.dicom`), whose modality is then in
+            the answer's ``meta["modality"]``.
+
     Raises:
-        InputError: for a file that is missing, empty, unreadable or truncated; data that are not one 3D volume,
-            not finite, constant or all zero; a spacing of zero or outside 0.05 to 50 mm; a singular affine.
+        InputError: for a file that is missing, empty, unreadable, truncated or damaged; data that are not one 3D volume,
+            not finite, constant or all zero; a spacing of zero or outside 0.05 to 50 mm; a singular affine; slices that
+            are no straight, evenly spaced volume.
     """
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such file")
-    if path.is_file() and path.stat().st_size == 0:
-        raise InputError(f"{path}: the file is empty")
+    meta = {"filename_or_obj": str(path)}
     try:
-        array, affine, spacing = _read_nifti(path) if path.name.lower().endswith((".nii", ".nii.gz")) else _read_itk(path)
+        _check_file(path)
+        if is_series(path):
+            series = series_at(path)
+            (array, affine), spacing = read_series(series, str(path)), None
+            meta["modality"] = series.modality
+        elif str(path).lower().endswith((".nii", ".nii.gz")):
+            array, affine, spacing = _read_nifti(Path(path))
+        else:
+            array, affine, spacing = _read_itk(Path(path))
     except InputError:
         raise
     except Exception as error:  # readers raise whatever their libraries do
@@ -63,60 +71,88 @@ def read_volume(path: str | Path) -> MetaTensor:
         raise InputError(f"{path}: holds colours or complex numbers; give one number a voxel")
     if array.ndim == 4 and array.shape[-1] == 1:
         array = array[..., 0]
-    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    with np.errstate(all="ignore"):  # what is beyond float32 becomes infinite, and is refused below
+        tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
     check_volume(tensor, affine, str(path), spacing)
     # with its channel: a MetaTensor made without one takes (D, H, W) for a 2D image with channels
-    return MetaTensor(tensor[None], affine=torch.from_numpy(affine), meta={"filename_or_obj": str(path)})
+    return MetaTensor(tensor[None], affine=torch.from_numpy(affine), meta=meta)
+
+
+def _check_file(path: str | Path) -> None:
+    """Raise InputError where there is nothing that can be opened; a FIFO is not even tried."""
+    place, _ = split_address(path)
+    if place.is_symlink() and not place.exists():
+        raise InputError(f"{path}: is a link to {os.readlink(place)}, which is not there; mend or remove it")
+    if not place.exists():
+        raise InputError(f"{path}: no such file")
+    if not (place.is_file() or place.is_dir()):
+        raise InputError(f"{path}: is neither a file nor a folder but a pipe, socket or device; remove it")
+    if not os.access(place, os.R_OK):
+        raise InputError(f"{path}: may not be read; change its permissions")
+    if place.is_file() and place.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty")
+
+
+def volume_files(path: str | Path) -> list[Path]:
+    """The files that :func:`read_volume` reads a volume from, in the order of their names: for its hash and age."""
+    return sorted(series_at(path).paths) if is_series(path) else [Path(path)]
 
 
 def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Array, affine as nibabel has it, and the header's own spacing, which nibabel repairs as it loads."""
-    image = nib.load(path)
+    """Array, affine in mm as nibabel has it, and the header's own spacing, which nibabel repairs as it loads."""
+    image, unit = nib.load(path), 1.0
+    check_nifti(path, image.dataobj.offset, image.dataobj.shape, image.dataobj.dtype.itemsize)
     with nib.openers.ImageOpener(path) as file:
         header = type(image.header).from_fileobj(file, check=False)
-    return np.asanyarray(image.dataobj), np.asarray(image.affine, dtype=np.float64), np.abs(header["pixdim"][1:4])
+    if "xyzt_units" in header:
+        unit = NIFTI_UNITS.get(image.header.get_xyzt_units()[0], 1.0)
+    affine, spacing = np.array(image.affine, dtype=np.float64), np.abs(header["pixdim"][1:4])
+    affine[:3] *= unit
+    return np.asanyarray(image.dataobj), affine, spacing if unit == 1 else spacing * unit
+
+
+def _check_itk(path: Path, voxels: bool = True) -> tuple[int, ...]:
+    return (check_nrrd if path.name.lower().endswith(".nrrd") else check_meta)(path, voxels)
 
 
 def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray, None]:
-    if path.is_dir():
-        _check_series(path)
-    reader = ITKReader()
-    array, meta = reader.get_data(reader.read(str(path)))
+    shape = _check_itk(path)
+    if len(shape) > 3:  # ITK has no 4D images in Python
+        shape = tuple(size for size in shape if size > 1)
+        if len(shape) != 3:
+            raise InputError(f"{path}: shape {shape} is not one 3D volume; give a single channel and time point")
+        reader = itk.ImageFileReader[itk.Image[itk.F, 3]].New(FileName=str(path))
+        reader.Update()
+        image = reader.GetOutput()
+    else:
+        image = itk.imread(str(path))
+    array, meta = ITKReader().get_data(image)
+    if array.shape != shape:
+        raise InputError(f"{path}: is read as {array.shape}, its header tells of {shape}; save it anew")
     return array, np.asarray(meta["affine"], dtype=np.float64), None
 
 
 def read_grid(path: str | Path) -> tuple[tuple[int, ...], tuple[float, ...]] | None:
-    """Shape and spacing (mm) of a volume by its header alone, or None where it has none that can be read."""
-    path = Path(path)
+    """Shape and spacing (mm) of a volume by its header alone, or None where it has none that can be used."""
     try:
-        if path.name.lower().endswith((".nii", ".nii.gz")):
+        _check_file(path)
+        if is_series(path):
+            shape, spacing = series_grid(series_at(path))
+        elif str(path).lower().endswith((".nii", ".nii.gz")):
             header = nib.load(path).header
-            return tuple(header.get_data_shape()[:3]), tuple(map(float, header.get_zooms()[:3]))
-        if path.is_dir():
-            slices = [file for file in path.iterdir() if file.is_file() and _is_dicom(file)]
-            first = pydicom.dcmread(slices[0], stop_before_pixels=True)
-            thickness = float(first.get("SpacingBetweenSlices") or first.SliceThickness)
-            return (first.Columns, first.Rows, len(slices)), (*map(float, first.PixelSpacing), thickness)
-        image = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
-        image.SetFileName(str(path))
-        image.ReadImageInformation()
-        axes = range(min(image.GetNumberOfDimensions(), 3))
-        return tuple(image.GetDimensions(n) for n in axes), tuple(image.GetSpacing(n) for n in axes)
+            unit = NIFTI_UNITS.get(header.get_xyzt_units()[0], 1.0) if "xyzt_units" in header else 1.0
+            shape, spacing = header.get_data_shape()[:3], [float(zoom) * unit for zoom in header.get_zooms()[:3]]
+        else:
+            _check_itk(Path(path), voxels=False)  # or ITK talks about what it finds
+            image = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
+            image.SetFileName(str(path))
+            image.ReadImageInformation()
+            axes = [n for n in range(image.GetNumberOfDimensions()) if n < 3 or image.GetDimensions(n) > 1]
+            shape, spacing = [image.GetDimensions(n) for n in axes], [image.GetSpacing(n) for n in axes]
     except Exception:  # readers raise whatever their libraries do
         return None
-
-
-def _check_series(folder: Path) -> None:
-    """Raise InputError unless the folder holds one DICOM series of evenly spaced slices."""
-    names = [path for path in folder.iterdir() if path.is_file() and _is_dicom(path)]
-    slices = [pydicom.dcmread(path, stop_before_pixels=True) for path in names]
-    if len({item.get("SeriesInstanceUID") for item in slices}) > 1:
-        raise InputError(f"{folder}: holds more than one DICOM series; give each a folder of its own")
-    if len(slices) > 1:
-        normal = np.cross(*np.reshape(slices[0].ImageOrientationPatient, (2, 3)))
-        gaps = np.diff(sorted(float(np.dot(item.ImagePositionPatient, normal)) for item in slices))
-        if gaps.max() - gaps.min() > 0.1 * gaps.max():
-            raise InputError(f"{folder}: the series has gaps of {gaps.min():g} to {gaps.max():g} mm; slices are missing")
+    usable = len(shape) == 3 and all(SPACING_LIMITS[0] <= step <= SPACING_LIMITS[1] for step in spacing)
+    return (tuple(map(int, shape)), tuple(spacing)) if usable else None
 
 
 def check_volume(volume: torch.Tensor, affine: np.ndarray, name: str, header: np.ndarray | None = None) -> None:
@@ -128,7 +164,7 @@ def check_volume(volume: torch.Tensor, affine: np.ndarray, name: str, header: np
     for values in (spacing, spacing if header is None else header):
         if not np.isfinite(values).all() or not all(SPACING_LIMITS[0] <= s <= SPACING_LIMITS[1] for s in values):
             text = " x ".join(f"{s:g}" for s in values)
-            raise InputError(f"{name}: spacing {text} mm is not usable; correct the header")
+            raise InputError(f"{name}: spacing {text} mm is not usable; correct the header and its unit")
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
         raise InputError(f"{name}: the affine is singular, its axes do not span a volume; correct the header")
     if not torch.isfinite(volume).all():
@@ -138,18 +174,39 @@ def check_volume(volume: torch.Tensor, affine: np.ndarray, name: str, header: np
 
 
 class ReadVolumed(MapTransform):
-    """Dictionary form of :func:`read_volume`; keeps the input's own grid for :class:`RestoreGridd`."""
+    """Dictionary form of :func:`read_volume`; keeps the input's own grid for :class:`RestoreGridd`.
+
+    Args:
+        allow_ct: let ``image`` be a CT, or of another modality than MR by its DICOM header.
+    """
+
+    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False, allow_ct: bool = True) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.allow_ct = allow_ct
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         data = dict(data)
         for key in self.key_iterator(data):
             volume = read_volume(data[key])
+            if key == "image" and not self.allow_ct:
+                check_mr(volume)
             volume.meta["source_affine"] = volume.affine.clone()
             volume.meta["source_shape"] = torch.tensor(volume.shape[1:])
             data[key] = volume
         return data
 
 
+def check_mr(volume: MetaTensor) -> None:
+    """Raise InputError where the DICOM header names another modality, or the values are Hounsfield units."""
+    name, modality = volume.meta["filename_or_obj"], volume.meta.get("modality", "MR")
+    if modality not in ("MR", "", "OT"):
+        raise InputError(f"{name}: is a {modality} series, not an MR; give the MR, or --allow_ct true to go on with it")
+    values = np.asarray(volume[0])
+    if is_hu(values):
+        low, high = float(values.min()), float(values.max())
+        raise InputError(
+            f"{name}: goes from {low:g} to {high:g} as a CT in HU does; give the MR, or --allow_ct true to go on with it"
+        )
 
 
 class AirOutsideBodyd(MapTransform):
@@ -189,9 +246,15 @@ class SaveVolumed(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         for key in self.key_iterator(data):
-            target = beside(self.output_dir / data["output"], self.suffix)
+            target, source = (
+                inside(self.output_dir, beside(data["output"], self.suffix)),
+                data["image"].meta["filename_or_obj"],
+            )
+            before = input_of(target)
+            if before not in (None, str(Path(source).resolve())):
+                logger.warning("%s: is written anew, from %s; before it was made from %s", target, source, before)
             write_volume(data[key], target)
-            logger.info("%s -> %s", data["image"].meta["filename_or_obj"], target)
+            logger.info("%s -> %s", source, target)
         return dict(data)
 
 
@@ -201,6 +264,16 @@ def beside(path: str | Path, suffix: str, extension: str | None = None) -> Path:
     path = Path(path)
     own = _extension(path.name) or ""
     return path.with_name(path.name[: len(path.name) - len(own)] + suffix + (own if extension is None else extension))
+
+
+def input_of(path: str | Path) -> str | None:
+    """What a synthetic CT was made from by the record beside it; None where there is no record of this program."""
+    record = beside(path, "", ".json")
+    try:
+        content = json.loads(record.read_text()) if record.is_file() else {}
+        return str(content["input"]) if RECORD <= set(content) else None
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def write_volume(volume: MetaTensor, path: str | Path) -> None:
@@ -214,7 +287,3 @@ def write_volume(volume: MetaTensor, path: str | Path) -> None:
         else:
             image = ITKWriter.create_backend_obj(array, channel_dim=None, affine=affine, dtype=array.dtype)
             itk.imwrite(image, str(temporary))
-
-
-
-

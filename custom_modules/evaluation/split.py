@@ -23,7 +23,7 @@ from custom_modules.errors import InputError, stop
 from custom_modules.evaluation.metrics import METRICS, PROTOCOLS, bias, score, slice_inconsistency
 from custom_modules.evaluation.organs import organ_dice
 from custom_modules.evaluation.uncertainty import FRACTIONS, assess, spearman
-from custom_modules.files import write_json
+from custom_modules.files import inside, write_json
 from custom_modules.inference.workflow import inference_workflow
 
 logger = logging.getLogger(__name__)
@@ -119,15 +119,18 @@ class Evaluation:
         twice = sorted({patient for patient in patients if patients.count(patient) > 1})
         if twice:
             raise InputError(f"{self.path}: patient {', '.join(twice)} more than once in '{self.split}'")
+        for patient in patients:
+            inside(self.output_dir, patient)
 
     def synthesize(self) -> None:
         """Run inference.yaml on the MRs of the split. Volumes that fail are left to :meth:`score` to report."""
         volumes = []
         for pair in self.pairs:
-            target = self.output_dir / f"{pair['patient']}_sct.nii.gz"
+            output = f"{pair['patient']}_sct.nii.gz"
+            target = inside(self.output_dir, output)
             for old in (target, beside(target, "_sd"), beside(target, "", ".json")):
                 old.unlink(missing_ok=True)
-            volumes.append({"image": pair["image"], "output": target.name})
+            volumes.append({"image": pair["image"], "output": output})
         settings = {**self.settings, "output_dir": str(self.output_dir), "dataset#data": volumes}
         workflow = inference_workflow(self.config, logging_file=False, **settings)
         try:
@@ -157,7 +160,7 @@ class Evaluation:
 
     def _prediction(self, patient: str) -> Path:
         folder = Path(self.pred_dir or self.output_dir)
-        paths = [folder / f"{patient}_sct{extension}" for extension in EXTENSIONS]
+        paths = [inside(folder, f"{patient}_sct{extension}") for extension in EXTENSIONS]
         found = next((path for path in paths if path.exists()), None)
         if found is None:
             raise InputError(f"{paths[0]}: no synthetic CT of this patient")

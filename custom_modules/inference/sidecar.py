@@ -12,7 +12,8 @@ from typing import Any
 import monai
 import torch
 
-from custom_modules.data.volumes import beside
+from custom_modules.data.volumes import beside, volume_files
+from custom_modules.errors import InputError
 from custom_modules.files import sha256, to_plain, write_json
 from custom_modules.memory import peak_memory_gib
 from custom_modules.settings import result_settings
@@ -49,15 +50,18 @@ class Sidecar:
         return sha256(self.checkpoint) if Path(self.checkpoint).is_file() else None
 
     def is_finished(self, item: Mapping[str, str]) -> bool:
-        """Whether the record beside ``item["output"]`` tells of the very file ``item["image"]``, these weights and these
-        settings."""
+        """Whether the record of ``item["output"]`` shows the input ``item["image"]``, these weights, these settings and the
+        very output that is there. A record that cannot be read shows nothing."""
         target = self.output_dir / item["output"]
         record = beside(target, "", ".json")
         if not (target.is_file() and record.is_file()):
             return False
-        made = {"input_sha256": sha256(item["image"]), **self._of_all()}
-        found = json.loads(record.read_text())
-        return all(found.get(name) == value for name, value in to_plain(made).items())
+        try:
+            made = {"input_sha256": sha256(volume_files(item["image"])), "output_sha256": sha256(target), **self._of_all()}
+            found = json.loads(record.read_text(encoding="utf-8"))
+            return all(found.get(name) == value for name, value in to_plain(made).items())
+        except (InputError, OSError, ValueError, AttributeError):  # whoever reads the input says what is wrong with it
+            return False
 
     def _of_all(self) -> dict[str, Any]:
         return {"model_sha256": self.model_sha256, "version": self.version, "settings": dict(self.settings)}
@@ -67,8 +71,9 @@ class Sidecar:
         sampled = self.settings.get("num_samples", 1) > 1 and self.calibration
         record = {
             "input": str(Path(image).resolve()),
-            "input_sha256": sha256(image),
+            "input_sha256": sha256(volume_files(image)),
             "output": Path(output).name,
+            "output_sha256": sha256(self.output_dir / output),
             **self._of_all(),
             "sd_scale": self.calibration.scale if sampled else None,
             "guard": guard,
