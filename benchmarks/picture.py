@@ -57,7 +57,9 @@ def main(patient: str, sct: str, path: str, axial: int = 30, coronal: int = 120,
     for (name, (volume, colours, low, high)), (upper, lower) in zip(columns.items(), axes.T):
         planes = [volume[::-1, :, axial].T[::-1], volume[::-1, coronal, below:].T[::-1]]  # as radiologists see them
         for axis, plane, aspect in zip((upper, lower), planes, (spacing[1], spacing[2])):
-            shown = axis.imshow(plane, cmap=colours, vmin=low, vmax=high, aspect=aspect / spacing[0], interpolation="bilinear")
+            shown = axis.imshow(
+                plane, cmap=colours, vmin=low, vmax=high, aspect=aspect / spacing[0], interpolation="bilinear"
+            )
             axis.set_axis_off()
         upper.set_title(name, fontsize=11)
         bar = figure.colorbar(shown, ax=lower, orientation="horizontal", shrink=0.7, aspect=25, pad=0.02)
