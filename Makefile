@@ -25,13 +25,13 @@ PORT ?= 8000
 demo: .venv/installed
 	$(PY) -m bundle demo $(if $(MR),--mr "$(MR)")
 
-# two processes of one thread each take about half the time of one with two: most tests are small. A process that has
-# finished its share takes tests from the other
+# two processes of one thread each take about half the time of one with two: most tests are small. Modules stay whole, for
+# they share what they have trained, and start in the order of tests/conftest.py, the longest first
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow and not integration"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not slow and not integration"
 
 test-slow: .venv/installed-dev
 	$(PY) -m pytest -m slow
