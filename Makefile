@@ -1,5 +1,8 @@
 # make demo [MR=path]   synthetic CT of a real torso MR, or of yours
-# make test             the fast tests
+# make test             the tests, below six minutes on two cores
+# make test-fast        those that neither start processes nor train nor sample, below one minute
+# make test-slow        the longest ones
+# make lint             ruff (lint and format) and mypy
 # make package          the archive for the model zoo, verified on its own
 # make label STUDIES=DIR  MONAI Label server on http://127.0.0.1:8000 (PORT=8000) for the images in DIR
 # make test-label       its tests; `make test` runs them too once the server's environment is there
@@ -8,22 +11,35 @@ PY := .venv/bin/python
 LABEL := .venv-label/bin/python
 PORT ?= 8000
 
-.PHONY: demo test test-slow test-label label bench package clean
+.PHONY: demo test test-fast test-slow test-label lint label bench package clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --requirement requirements.txt
 	touch $@
 
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(PY) -m pip install --quiet --requirement requirements-dev.txt
+	touch $@
+
 demo: .venv/installed
 	$(PY) -m bundle demo $(if $(MR),--mr "$(MR)")
 
-# two processes of one thread each take about half the time of one with two: most tests are small
-test: .venv/installed
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+# two processes of one thread each take about half the time of one with two: most tests are small. Modules stay whole, for
+# they share what they have trained, and start in the order of tests/conftest.py, the longest first
+test: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: .venv/installed
+test-fast: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not slow and not integration"
+
+test-slow: .venv/installed-dev
 	$(PY) -m pytest -m slow
+
+lint: .venv/installed-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 .venv-label/installed: requirements-label.txt
 	$(PYTHON) -m venv .venv-label
@@ -35,7 +51,7 @@ label: $(if $(STUDIES),.venv-label/installed)
 	@test -n "$(STUDIES)" || { echo "say which folder has the images: make label STUDIES=DIR"; exit 1; }
 	$(LABEL) -m monailabel.main start_server --app bundle/label_app --studies "$(STUDIES)" --host 127.0.0.1 --port $(PORT)
 
-test-label: .venv/installed .venv-label/installed
+test-label: .venv/installed-dev .venv-label/installed
 	$(PY) -m pytest tests/test_label_app.py tests/test_slicer.py
 
 # ratios and costs, minutes to an hour; DATA=DIR takes real pairs

@@ -45,6 +45,7 @@ def test_montage_does_not_depend_on_how_the_voxels_are_stored(tmp_path, axcodes)
     np.testing.assert_array_equal(*pictures)
 
 
+@pytest.mark.integration
 def test_demo_falls_back_to_the_phantom_when_the_index_cannot_be_reached(tmp_path, monkeypatch, capsys):
     def refuse(*args, **kwargs):
         return subprocess.CompletedProcess(args, 1, "", "no route to the index")

@@ -179,15 +179,21 @@ def test_what_cannot_be_compared_is_refused_before_training(settings, message, d
 
 
 @pytest.mark.parametrize("split", ["absent", "empty"])
-def test_a_datalist_without_a_test_split_is_refused_in_one_line(split, data, tmp_path):
+def test_a_datalist_without_a_test_split_is_refused_before_training(split, data, tmp_path):
     datalist = json.loads((data / "datalist.json").read_text())
     datalist.pop("test")
     (tmp_path / "list.json").write_text(json.dumps(datalist | ({"test": []} if split == "empty" else {})))
+    with pytest.raises(InputError, match="'test'"):
+        run(data, tmp_path, "unet", datalist=str(tmp_path / "list.json"))
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "results").exists()
+
+
+@pytest.mark.integration
+def test_a_refusal_by_the_command_is_one_line(data, tmp_path):
     command = [sys.executable, "-m", "bundle", "compare", "--dataset_dir", str(data), "--systems", "unet"]
-    for key, name in {"datalist": "list.json", "output_dir": "out", "results": "results"}.items():
-        command += [f"--{key}", str(tmp_path / name)]
+    command += ["--datalist", str(tmp_path / "none.json"), "--output_dir", str(tmp_path / "out")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode and "'test'" in result.stderr.splitlines()[-1]
+    assert result.returncode and "none.json" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
 
 

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, save
+from conftest import ROOT, TINY, save, small_torso
 from monai.bundle import ConfigWorkflow
 
 from bundle.calibrate import calibrate, guard
-from bundle.phantom.command import torso_phantom
 from custom_modules.data.body import ct_body_mask
 from custom_modules.data.hu import TISSUES
 from custom_modules.data.volumes import read_volume
@@ -27,7 +26,7 @@ from custom_modules.evaluation.split import Evaluation, fit_lookup, near_border,
 from custom_modules.files import sha256
 from custom_modules.inference.calibration import Calibration
 
-SMALL = {"shape": (44, 36, 40), "spacing": 8.0}
+SHAPE, SPACING = (44, 36, 40), 4.0
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +41,7 @@ def cohort(tmp_path) -> Path:
     """A datalist of three phantoms, one to train on and two to score, and in ``pred`` their CTs 10 HU off."""
     entries = []
     for number in range(3):
-        mr, ct, affine = torso_phantom(**SMALL, seed=number)
+        mr, ct, affine = small_torso(SHAPE, seed=number)
         entries.append({"image": f"p{number}/mr.nii.gz", "label": f"p{number}/ct.nii.gz"})
         save(tmp_path / entries[-1]["image"], mr + 1, affine)
         save(tmp_path / entries[-1]["label"], ct, affine)
@@ -114,7 +113,7 @@ def test_one_patient_has_no_interval_and_an_infinite_score_stays_infinite():
 
 def test_the_sd_beside_a_prediction_is_assessed(cohort):
     for number in (1, 2):
-        _, ct, affine = torso_phantom(**SMALL, seed=number)
+        _, ct, affine = small_torso(SHAPE, seed=number)
         sd = np.random.default_rng(number).uniform(4, 30, ct.shape)
         noise = np.random.default_rng(9).normal(0, sd)
         save(cohort / "pred" / f"p{number}_sct.nii.gz", (ct + noise).astype(np.float32), affine)
@@ -132,7 +131,7 @@ def test_the_sd_beside_a_prediction_is_assessed(cohort):
 
 def broken(cohort: Path, kind: str) -> str:
     """Spoil the data of p1; what the message must name."""
-    mr, ct, affine = torso_phantom(**SMALL, seed=1)
+    mr, ct, affine = small_torso(SHAPE, seed=1)
     sct, label = cohort / "pred" / "p1_sct.nii.gz", cohort / "p1" / "ct.nii.gz"
     if kind == "missing prediction":
         sct.unlink()
@@ -284,6 +283,7 @@ def test_without_labels_and_segmenter_the_rows_say_so(cohort, monkeypatch):
     assert all("not computed" in row["organs"] for row in rows_of(cohort) if row["system"] == "3D-WLDM")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("works", [True, False])
 def test_the_segmenter_is_called_where_it_is_installed(cohort, tmp_path, monkeypatch, works):
     """A stand-in that writes what is above 200 HU, or fails."""
@@ -330,7 +330,7 @@ def test_scores_of_a_perfect_prediction_and_its_baselines(cohort):
 
 def test_a_prediction_on_another_grid_is_refused_by_name(cohort):
     pair = {"patient": "p1", "image": str(cohort / "p1/mr.nii.gz"), "label": str(cohort / "p1/ct.nii.gz")}
-    save(cohort / "sct.nii.gz", torso_phantom(**SMALL)[1][1:])
+    save(cohort / "sct.nii.gz", small_torso(SHAPE, seed=0)[1][1:])
     with pytest.raises(InputError, match="sct.nii.gz"):
         score_patient(pair, cohort / "sct.nii.gz", None)
 
@@ -338,6 +338,7 @@ def test_a_prediction_on_another_grid_is_refused_by_name(cohort):
 # the config and the command
 
 
+@pytest.mark.integration
 def test_the_config_synthesises_and_scores_after_train_yaml_too(cohort, checkpoint):
     (cohort / "tiny.yaml").write_text(json.dumps(TINY))
     for files in (["evaluate"], ["train", "evaluate"]):
@@ -354,6 +355,7 @@ def test_the_config_synthesises_and_scores_after_train_yaml_too(cohort, checkpoi
         assert sidecar["settings"]["num_samples"] == 2
 
 
+@pytest.mark.integration
 def test_the_command_takes_finished_predictions_from_another_working_directory(cohort):
     (cohort / "elsewhere").mkdir()
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(ROOT / "configs" / "evaluate.yaml")]
@@ -368,6 +370,7 @@ def test_the_command_takes_finished_predictions_from_another_working_directory(c
 # what is stored with the weights
 
 
+@pytest.mark.integration
 def test_calibrate_fits_the_scale_that_is_then_used(cohort, checkpoint):
     own = {"checkpoint": str(checkpoint), "device": "$torch.device('cpu')", **TINY}
     target, folder = cohort / "calibration.json", cohort / "samples"
@@ -388,9 +391,10 @@ def test_calibrate_fits_the_scale_that_is_then_used(cohort, checkpoint):
     assert Calibration(target, checkpoint, stored["settings"]).scale == stored["sd_scale"]
 
 
+@pytest.mark.integration
 def test_guard_measures_the_training_split_and_then_takes_it_for_usual(cohort, checkpoint):
     own = {"checkpoint": str(checkpoint), "device": "$torch.device('cpu')", **TINY}
     guard(str(cohort), split="test", output=str(cohort / "guard.json"), **own)
     stored = json.loads((cohort / "guard.json").read_text())
     assert stored["patients"] == 2 and stored["model_sha256"] == sha256(checkpoint)
-    assert stored["measures"]["coarsest spacing"]["low"] == pytest.approx(SMALL["spacing"])
+    assert stored["measures"]["coarsest spacing"]["low"] == pytest.approx(SPACING)

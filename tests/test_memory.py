@@ -76,6 +76,7 @@ def test_nvml_is_asked_for_the_very_device(monkeypatch):
     assert memory.free_gpu_memory(torch.device("cuda")) == 77 and asked == ["GPU-abc"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ("big.nii.gz", "big.nrrd", "big.mha"))
 def test_a_volume_that_cannot_fit_is_refused_by_its_header(tmp_path, name):
     path = tmp_path / name
@@ -97,6 +98,7 @@ def test_what_has_no_header_is_left_to_the_reader(tmp_path):
         memory.CheckMemoryd("image", (2, 2, 2), limit=0)({"image": str(path)})
 
 
+@pytest.mark.integration
 def test_the_figures_of_a_gpu_need_nothing_but_pytorch_and_monai():
     blocked = "itk nibabel pydicom psutil pynvml skimage ignite pywt pytorch_wavelets matplotlib yaml".split()
     program = f"import sys; sys.path.insert(0, 'benchmarks'); sys.modules.update(dict.fromkeys({blocked!r})); import pipeline"

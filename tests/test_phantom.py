@@ -88,6 +88,7 @@ def test_the_shoulders_are_found():
     assert 1330 < height < 1480
 
 
+@pytest.mark.integration
 def test_the_command_writes_pairs_that_training_takes(tmp_path, capsys):
     phantom(str(tmp_path), patients=5, height=300, spacing=4, test=0.2, validation=0.2)
     names = [f"phantom_{n:03d}" for n in range(5)]
@@ -102,6 +103,7 @@ def test_the_command_writes_pairs_that_training_takes(tmp_path, capsys):
     assert set(np.unique(np.asarray(body))) == {0, 1}
 
 
+@pytest.mark.integration
 def test_no_two_patients_are_the_same_and_the_command_repeats_itself(tmp_path):
     for folder in ("a", "b"):
         phantom(str(tmp_path / folder), patients=2, height=250, spacing=5)

@@ -406,6 +406,7 @@ def test_couch_removal_keeps_the_grid_and_the_body_at_any_spacing(spacing):
     np.testing.assert_array_equal(np.asarray(cleared), np.asarray(ct))
 
 
+@pytest.mark.integration
 def test_a_known_bias_field_is_found_and_the_median_stays():
     mr = whole_body_phantom(600.0, 4.0, seed=3)[0]
     x = np.linspace(-1, 1, mr.shape[1])[:, None, None] * np.ones(mr.shape[1:])
@@ -446,6 +447,7 @@ def points_of(volume: MetaTensor, mask: np.ndarray) -> np.ndarray:
     return nib.affines.apply_affine(np.asarray(volume.affine), np.argwhere(mask))
 
 
+@pytest.mark.integration
 def test_without_registration_the_ct_is_resampled_once_and_linearly(person):
     mr, ct, body = person
     fine = like(np.asarray(ct[0]), ct)
@@ -693,6 +695,7 @@ def test_a_crash_costs_one_patient(inbox, tmp_path, monkeypatch):
     assert "anna" in message and "died" in message
 
 
+@pytest.mark.integration
 def test_a_synthrad_pair_is_taken_as_registered(tmp_path, person):
     save_synthrad(tmp_path / "in" / "Task1" / "brain" / "1BA001", person)
     prepare(str(tmp_path / "in"), str(tmp_path / "out"), test=0, **{**QUICK, "registration": "bspline"})
@@ -744,6 +747,7 @@ def test_the_output_may_not_lie_in_the_input(inbox):
             prepare(str(inbox), str(out), **QUICK)
 
 
+@pytest.mark.integration
 def test_shoulders_are_cut_where_there_are_some_and_noted_where_not(tmp_path):
     person = whole_body_phantom(850.0, 4.0)
     legs = [v[..., :80] for v in person]

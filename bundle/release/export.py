@@ -109,7 +109,7 @@ def export(output: str, mr: str | None = None, config: str | Sequence[str] = (),
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise InputError(f"{error.name} is not installed; pip install -r requirements.txt") from error
+        raise InputError(f"{error.name} is not installed; pip install -r requirements-dev.txt") from error
     for name in ("onnx_ir", "onnxscript"):
         logging.getLogger(name).setLevel(logging.WARNING)
     parser = inference_workflow(config, device="cpu", **settings).parser

@@ -90,7 +90,7 @@ class WaveletAutoencoderKL(nn.Module):
 
     @staticmethod
     def split(latent: Tensor) -> tuple[Tensor, Tensor]:
-        """z = [S, M]: structure and modality halves along the channels (section III.B)."""
+        """z = [S, M]: structure and modality halves along the channels (section III.B, Fig. 3)."""
         structure, modality = latent.chunk(2, dim=1)
         return structure, modality
 

@@ -1,4 +1,4 @@
-"""Latent Structure-Modality Disentanglement (section III.B): the loss on pairs of patients."""
+"""Latent Structure-Modality Disentanglement (section III.B, Fig. 3): the loss on pairs of patients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from custom_modules.networks.autoencoder import WaveletAutoencoderKL
 
 
 class Cosines(NamedTuple):
-    """Eqs. 3 to 6, each a sum of two cosines in [-2, 2], averaged over the batch."""
+    """The structure's cosine of a pair (Eq. 3) and unpaired (Eq. 4), the modality's of a pair (Eq. 5) and unpaired
+    (Eq. 6), each a sum of two cosines in [-2, 2], averaged over the batch."""
 
     structure_pair: Tensor
     structure_unpaired: Tensor

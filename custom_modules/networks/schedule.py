@@ -14,7 +14,7 @@ MIN_ALPHA_BAR = 1e-5
 
 
 class DDIMSchedule(Scheduler):
-    """MONAI's noise schedule with the paper's sampler.
+    """MONAI's noise schedule, whose ``add_noise`` is the forward process (Eq. 11), with the paper's sampler.
 
     MONAI's ``DDIMScheduler`` spaces its steps one way and takes them another, clips samples to [-1, 1] by default,
     and answers NaN where alpha-bar underflows; here steps are taken between the very timesteps that are listed, in
@@ -60,7 +60,7 @@ class DDIMSchedule(Scheduler):
         return list(zip(descent, descent[1:]))
 
     def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network should answer in training."""
+        """What the network should predict in training (Eq. 12): the noise, or the velocity."""
         return noise if self.prediction == "epsilon" else self.get_velocity(clean, noise, timesteps)
 
     def output_for(self, clean: Tensor, z: Tensor, t: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The bundle's ``network_def``: autoencoder, denoiser, latent scale and schedule in one module."""
+"""The bundle's ``network_def``: autoencoder, denoiser, latent scale and schedule in one module (Fig. 1)."""
 
 from __future__ import annotations
 
