@@ -55,7 +55,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def compare(
-    part: str, case: str, works: Mapping[str, tuple[Callable[[], Any], list[Tensor]]], repeats: int, device: torch.device
+    part: str,
+    case: str,
+    works: Mapping[str, tuple[Callable[[], Any], list[Tensor]]],
+    repeats: int,
+    device: torch.device,
 ) -> list[dict[str, Any]]:
     """A row for each but the first of ``works``, name to (what makes the output, what gradients go to)."""
 

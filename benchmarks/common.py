@@ -56,7 +56,9 @@ def medians(
 
 def processor() -> str:
     """The processor's name, where Linux tells it."""
-    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    found = (
+        re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    )
     return found[1] if found else platform.machine()
 
 

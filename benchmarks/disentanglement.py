@@ -40,7 +40,10 @@ def main(*autoencoders: str, dataset_dir: str, split: str = "validation", config
     pairs = [read(pair) for pair in load_pairs(f"{dataset_dir}/datalist.json", dataset_dir, [split])[split]]
     size = [min(pair["image"].shape[axis] for pair in pairs) // 16 * 16 for axis in (1, 2, 3)]
     images = [
-        [((centre(pair[key].as_tensor(), size) - a) / (b - a) * 2 - 1).clamp(-1, 1)[None] for key, (a, b) in zip(("image", "label"), windows)]
+        [
+            ((centre(pair[key].as_tensor(), size) - a) / (b - a) * 2 - 1).clamp(-1, 1)[None]
+            for key, (a, b) in zip(("image", "label"), windows)
+        ]
         for pair in pairs
     ]
     print(f"{len(pairs)} {split} patients, central crop {size}")

@@ -58,7 +58,9 @@ def main(repeats: int = 3) -> None:
             write(source, shape, share, spacing)
             found = np.array([run(source, Path(folder, "out"), **settings) for _ in range(repeats)])
             size = "x".join(str(round(n * 2 / spacing)) for n in shape)
-            rows.append({"file": name, "voxels": size, "s": float(np.median(found[:, 0])), "GiB": float(found[:, 1].max())})
+            rows.append(
+                {"file": name, "voxels": size, "s": float(np.median(found[:, 0])), "GiB": float(found[:, 1].max())}
+            )
             print(rows[-1], flush=True)
         many, single = Path(folder, "many"), Path(folder, "0", "mr.nii")
         for number in range(4):

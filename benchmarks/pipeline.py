@@ -150,7 +150,11 @@ def volumes(device: str = "cpu", amp: bool = False, compile: bool = False, repea
         median = {stage: float(np.median([f[stage] for f in found[1:]])) for stage in found[0]}
         computed = voxels_computed(inferer, network, mr, body)
         done = {stage: flops[stage] * computed[stage] for stage in flops}
-        row: dict[str, Any] = {"volume": name, "voxels": "x".join(map(str, shape)), "body, Mvoxel": float(body.sum()) / 1e6}
+        row: dict[str, Any] = {
+            "volume": name,
+            "voxels": "x".join(map(str, shape)),
+            "body, Mvoxel": float(body.sum()) / 1e6,
+        }
         row["computed"] = ", ".join(f"{computed[s] / 1e6:.3g}" for s in flops)
         row.update({f"{stage}, s": median[stage] for stage in (*flops, "all")})
         row["memory, GiB"] = peak.gib
@@ -160,7 +164,11 @@ def volumes(device: str = "cpu", amp: bool = False, compile: bool = False, repea
         print(row, flush=True)
     exponent = np.polyfit(np.log([r["body, Mvoxel"] for r in rows]), np.log([r["all, s"] for r in rows]), 1)[0]
     rows.append({"volume": f"time grows as body volume to the power {exponent:.2f}", "exponent": exponent})
-    name = "pipeline" if where.type == "cpu" else f"pipeline_gpu_{'bf16' if amp else 'fp32'}{'_compiled' if compile else ''}"
+    name = (
+        "pipeline"
+        if where.type == "cpu"
+        else f"pipeline_gpu_{'bf16' if amp else 'fp32'}{'_compiled' if compile else ''}"
+    )
     publish(name, rows, list(rows[0]), where)
 
 
@@ -168,7 +176,7 @@ def voxels_computed(
     inferer: WholeVolumeInferer, network: Synthesizer, mr: torch.Tensor, body: torch.Tensor
 ) -> dict[str, int]:
     """Voxels of the image that pass each stage, halos and all."""
-    cube, seen = network.autoencoder.downsampling ** 3, dict.fromkeys(("encode", "denoise", "decode"), 0)
+    cube, seen = network.autoencoder.downsampling**3, dict.fromkeys(("encode", "denoise", "decode"), 0)
     channels, parts = network.autoencoder.latent_channels, (network.encode, network.predict, network.decode)
 
     def encode(image: torch.Tensor, modality: str) -> torch.Tensor:
@@ -208,7 +216,9 @@ def settings(device: str = "cpu", repeats: int = 3) -> None:
         "bfloat16": ({"amp": True}, body),
         "tiles of 2 Mvoxel": ({"tile_voxels": 2_000_000}, body),
     }
-    inferers = {name: INFERERS[kwargs.pop("sampling", "whole")](progress=False, **kwargs) for name, (kwargs, _) in cases.items()}
+    inferers = {
+        name: INFERERS[kwargs.pop("sampling", "whole")](progress=False, **kwargs) for name, (kwargs, _) in cases.items()
+    }
     times = medians(
         {name: lambda name=name: inferers[name](mr, network, cases[name][1]) for name in cases}, repeats, where
     )

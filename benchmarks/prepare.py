@@ -43,8 +43,8 @@ from bundle.prepare.report import overlay  # noqa: E402
 from custom_modules.data.body import ct_body_mask
 from custom_modules.data.pairs import load_pairs  # noqa: E402
 from custom_modules.data.volumes import read_volume, write_volume  # noqa: E402
-from custom_modules.files import write_json  # noqa: E402
 from custom_modules.evaluation.split import _lookup_index, fit_lookup  # noqa: E402
+from custom_modules.files import write_json  # noqa: E402
 
 
 def scan_of(pair: dict[str, str], ct: str = "ct_raw") -> Path:

@@ -27,7 +27,9 @@ from custom_modules.networks.synthesizer import Synthesizer  # noqa: E402
 from custom_modules.tiling import pad_to_windows  # noqa: E402
 
 
-def border_planes(shape: tuple[int, ...], sampling: str, inferer: LatentSampler, network: Synthesizer) -> list[np.ndarray]:
+def border_planes(
+    shape: tuple[int, ...], sampling: str, inferer: LatentSampler, network: Synthesizer
+) -> list[np.ndarray]:
     """For each axis, the positions p at which a window starts or ends between voxels p - 1 and p of the volume: a window
     of the denoiser's attention, or a sampling window."""
     unit = network.downsampling

@@ -1,6 +1,6 @@
 """Error against the number of DDIM steps, on real patients.
 
-    python benchmarks/steps.py --dataset_dir DIR [--split validation] [--steps 1,2,4,8,16,50]
+python benchmarks/steps.py --dataset_dir DIR [--split validation] [--steps 1,2,4,8,16,50]
 """
 
 from __future__ import annotations

@@ -83,7 +83,11 @@ def case(stage: str | int, size: int, steps: int, dataset_dir: str, scratch: str
     workflow.run()
     wait, step = (np.array(values[steps // 3 :]) for values in times.values())
     device = workflow.parser.get_parsed_content("device")
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     result = {
         "stage": stage, "crop": size, "batch_size": workflow.parser.get_parsed_content("batch_size"),
         "seconds_per_step": float(np.median(wait + step)), "data_share": float(wait.sum() / (wait + step).sum()),

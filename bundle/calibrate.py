@@ -81,7 +81,9 @@ def guard(
     pairs = _pairs(dataset_dir, datalist, split)
     own = {"guard_statistics": None, "dataset#data": [{"image": pair["image"], "output": ""} for pair in pairs]}
     parser = inference_workflow(**own, **settings).parser
-    batches = [_raise_failure(batch) for batch in tqdm(parser.get_parsed_content("dataloader"), desc="measuring", unit="MR")]
+    batches = [
+        _raise_failure(batch) for batch in tqdm(parser.get_parsed_content("dataloader"), desc="measuring", unit="MR")
+    ]
     statistics = fit(batches, parser.get_parsed_content("network"))
     write_json({**statistics, "split": split, "model_sha256": sha256(parser.get_parsed_content("checkpoint"))}, output)
     for name, known in statistics["measures"].items():

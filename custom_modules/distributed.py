@@ -28,7 +28,9 @@ def default_device() -> torch.device:
 
 def local_device() -> torch.device:
     """The GPU of this process, else the CPU."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
 
 
 def start() -> None:

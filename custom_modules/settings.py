@@ -250,7 +250,9 @@ def current_parser() -> ConfigParser:
 def result_settings() -> dict[str, Any]:
     """The value of every setting of the running config that changes the synthetic CT."""
     parser = current_parser()
-    return {name: parser.get_parsed_content(name) for name in SETTINGS if SETTINGS[name].changes_result and name in parser}
+    return {
+        name: parser.get_parsed_content(name) for name in SETTINGS if SETTINGS[name].changes_result and name in parser
+    }
 
 
 def plain_settings() -> dict[str, Any]:
@@ -302,12 +304,14 @@ def check_settings(parser: ConfigParser, given: Sequence[str] = ()) -> None:
             raise InputError(f"no setting '{name}'{_suggestion(name, SETTINGS)}")
 
 
-STRUCTURE = frozenset("imports initialize run finalize _meta_ train validate evaluator handlers key_metric".split())
+STRUCTURE = frozenset(["imports", "initialize", "run", "finalize", "_meta_", "train", "validate", "evaluator", "handlers", "key_metric"])
 
 
 def _has_expression(value: Any) -> bool:
-    return not isinstance(value, (bool, int, float, str)) and not (value is None or _is_plain(value)) or (
-        isinstance(value, (list, tuple)) and any(_is_expression(item) for item in value)
+    return (
+        not isinstance(value, (bool, int, float, str))
+        and not (value is None or _is_plain(value))
+        or (isinstance(value, (list, tuple)) and any(_is_expression(item) for item in value))
     )
 
 
@@ -342,8 +346,7 @@ def given_on_command_line(arguments: Sequence[str]) -> list[str]:
 
 
 MONAI_ARGUMENTS = frozenset(
-    "run_id init_id final_id meta_file config_file logging_file tracking args_file workflow_name workflow_type "
-    "properties_path".split()
+    ["run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking", "args_file", "workflow_name", "workflow_type", "properties_path"]
 )
 
 

@@ -63,4 +63,3 @@ def widen(box: Box, by: int, size: Sequence[int]) -> Box:
 def scale_box(box: Box, factor: int) -> Box:
     """``box`` on a grid that is ``factor`` times finer."""
     return tuple(slice(b.start * factor, b.stop * factor) for b in box)
-

@@ -152,7 +152,15 @@ def train(name: str, **overrides) -> ConfigWorkflow:
 
 # what takes seconds: whole modules, and tests that ask for a fixture that trains, samples or starts a process; others are
 # marked where they stand. The modules are in the order in which they start, longest first, so that none is left at the end
-LONG_MODULES = ("test_runs", "test_prepare", "test_compare", "test_export", "test_package", "test_evaluate", "test_training")
+LONG_MODULES = (
+    "test_runs",
+    "test_prepare",
+    "test_compare",
+    "test_export",
+    "test_package",
+    "test_evaluate",
+    "test_training",
+)
 INTEGRATION_MODULES = {
     "test_chain", "test_export", "test_inference", "test_label_app", "test_package", "test_report", "test_slicer",
 }  # fmt: skip
@@ -190,8 +198,20 @@ def trained(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("trained")
     settings = {**TRAINING, "dataset_dir": str(phantoms)}
     train("train+train_autoencoder", **settings, adversarial_warmup=1, output_dir=str(root / "ae"))
-    train("train", **settings, augmented_copies=1, autoencoder_checkpoint=str(root / "ae/autoencoder.pt"), output_dir=str(root / "ldm"))
-    train("train+finetune", **settings, augmented_copies=1, initial_checkpoint=str(root / "ldm/model.pt"), output_dir=str(root / "fine"))
+    train(
+        "train",
+        **settings,
+        augmented_copies=1,
+        autoencoder_checkpoint=str(root / "ae/autoencoder.pt"),
+        output_dir=str(root / "ldm"),
+    )
+    train(
+        "train+finetune",
+        **settings,
+        augmented_copies=1,
+        initial_checkpoint=str(root / "ldm/model.pt"),
+        output_dir=str(root / "fine"),
+    )
     return root
 
 

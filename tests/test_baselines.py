@@ -235,7 +235,8 @@ class Sampler(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("base", "key"), [("inference", "inferer"), ("train+train_autoencoder", "inferer"), ("train+train_autoencoder", "val_inferer")]
+    ("base", "key"),
+    [("inference", "inferer"), ("train+train_autoencoder", "inferer"), ("train+train_autoencoder", "val_inferer")],
 )
 def test_latents_in_3d_are_those_of_windows_of_the_training_crops_size(base, key):
     parser, net, volume = config("stable_dm_3d", base, slice_size=[16, 16, 16]), Sampler(), torch.rand(1, 1, 20, 12, 40)

@@ -286,7 +286,9 @@ def test_the_learning_rate_warms_up_and_falls_to_zero_with_the_time(tmp_path):
 def test_the_overlays_put_what_they_replace_in_its_place():
     parser = ConfigParser()
     parser.read_config([str(ROOT / "configs" / f"{f}.yaml") for f in ("train", "train_autoencoder")])
-    assert parser["train#handlers#3#_target_"] == "custom_modules.training.handlers.AfterStep"  # moving_average.yaml adds to it
+    assert (
+        parser["train#handlers#3#_target_"] == "custom_modules.training.handlers.AfterStep"
+    )  # moving_average.yaml adds to it
     assert parser["train#trainer#train_handlers"] == "@train#handlers"  # equal_time.yaml adds to them
 
 

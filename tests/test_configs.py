@@ -15,15 +15,15 @@ from custom_modules.networks.synthesizer import Synthesizer
 from custom_modules.networks.weights import read_weights
 
 STAGES = ("train", "train+train_autoencoder", "train+finetune")
-CONFIGS = {
-    name: [ROOT / "configs" / f"{part}.yaml" for part in name.split("+")] for name in ("inference", *STAGES)
-}
+CONFIGS = {name: [ROOT / "configs" / f"{part}.yaml" for part in name.split("+")] for name in ("inference", *STAGES)}
 # the two copies of what the weights depend on, in train.yaml and inference.yaml
 SHARED = (
     "spacing", "mr_window", "mr_reference", "hu_window", "attention_window", "latent_channels", "autoencoder_channels",
     "autoencoder_blocks", "stem", "wavelet", "denoiser_channels", "dsca", "prediction", "num_train_timesteps", "beta_end",
 )  # fmt: skip
-OVERLAYS = [ROOT / "configs" / f"{name}.yaml" for name in ("train_autoencoder", "finetune", "equal_time", "multi_gpu_train")]
+OVERLAYS = [
+    ROOT / "configs" / f"{name}.yaml" for name in ("train_autoencoder", "finetune", "equal_time", "multi_gpu_train")
+]
 INFER_IDS = "bundle_root device dataset_dir output_dir dataset evaluator network_def inferer"
 TRAIN_IDS = "bundle_root device dataset_dir train#trainer train#dataset train#inferer train#handlers"
 
@@ -100,7 +100,9 @@ def test_the_constructors_defaults_the_configs_and_the_weights_are_one_network(t
     assert {name: value.shape for name, value in network.items()} == {n: v.shape for n, v in default.items()}
     state, trained_with = read_weights(ROOT / "models" / "model.pt")
     assert state.keys() == default.keys()
-    assert trained_with == built.get_parsed_content("trained_with") == parsed("train").get_parsed_content("trained_with")
+    assert (
+        trained_with == built.get_parsed_content("trained_with") == parsed("train").get_parsed_content("trained_with")
+    )
     assert built.get_parsed_content("network_def").denoiser.window == Synthesizer().denoiser.window
     metadata = json.loads((ROOT / "configs" / "metadata.json").read_text())["network_data_format"]
     assert metadata["post_processed_outputs"]["pred"]["value_range"] == built["hu_window"]
@@ -143,8 +145,7 @@ def test_training_and_inference_scale_the_mr_alike():
 
 @pytest.mark.parametrize(
     ("name", "identifier"),
-    [("inference", i) for i in INFER_IDS.split()]
-    + [(name, i) for name in STAGES for i in TRAIN_IDS.split()],
+    [("inference", i) for i in INFER_IDS.split()] + [(name, i) for name in STAGES for i in TRAIN_IDS.split()],
 )
 def test_the_ids_that_monai_and_monai_label_use_are_there(name, identifier):
     assert parsed(name).get(identifier) is not None

@@ -20,7 +20,9 @@ METHOD = ROOT / "docs" / "method.md"
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 LINK = re.compile(r"!?\[([^\]]*)\]\(([^)\s]+)\)")
 ANCHORED = re.compile(r"\[`([\w.#]+)`\]\((\.\./[\w./]+)#L(\d+)\)")
-NUMBERS = re.compile(r"\b(Eq|Fig|Table)s?\.?\s+((?:\d+|[IVX]+)(?:(?:,\s*|\s+and\s+|\s+to\s+|\s*-\s*)(?:\d+|[IVX]+)\b)*)")
+NUMBERS = re.compile(
+    r"\b(Eq|Fig|Table)s?\.?\s+((?:\d+|[IVX]+)(?:(?:,\s*|\s+and\s+|\s+to\s+|\s*-\s*)(?:\d+|[IVX]+)\b)*)"
+)
 ROMAN = {"I": 1, "II": 2, "III": 3}
 
 
@@ -90,14 +92,18 @@ def test_every_line_of_method_is_where_its_symbol_is_defined():
     wrong = [
         f"{name}: {path}#L{line}, now {symbols(METHOD.parent / path).get(name, 'gone')}"
         for name, path, line in links
-        if symbols((METHOD.parent / path)).get(name) != int(line)
+        if symbols(METHOD.parent / path).get(name) != int(line)
     ]
     assert not wrong, "python tests/test_docs.py moves lines:\n" + "\n".join(wrong)
 
 
 def test_every_link_into_the_code_has_its_line_and_names_its_symbol():
     for text, link in LINK.findall(METHOD.read_text()):
-        if re.search(r"\.(py|yaml)(#|$)", link) and text.startswith("`") and not text.strip("`").endswith((".py", ".yaml")):
+        if (
+            re.search(r"\.(py|yaml)(#|$)", link)
+            and text.startswith("`")
+            and not text.strip("`").endswith((".py", ".yaml"))
+        ):
             assert ANCHORED.fullmatch(f"[{text}]({link})"), (text, link)
 
 
@@ -158,7 +164,9 @@ def test_readme_opens_with_the_two_commands_that_do_all_set_up():
 
 def test_readmes_scores_are_those_of_the_model_card():
     """Every row of README's table of accuracy is in docs/README.md, figure for figure."""
-    table = re.findall(r"^\| (?:\*\*)?(3D-WLDM|3D U-Net|MR intensity|0 HU)[^|]*\|(.*)\|$", (ROOT / "README.md").read_text(), re.M)
+    table = re.findall(
+        r"^\| (?:\*\*)?(3D-WLDM|3D U-Net|MR intensity|0 HU)[^|]*\|(.*)\|$", (ROOT / "README.md").read_text(), re.M
+    )
     card = (ROOT / "docs" / "README.md").read_text()
     assert len(table) >= 4
     for name, figures in table:

@@ -100,7 +100,9 @@ def test_what_is_fitted_is_finite_and_training_patients_are_near_it(statistics, 
 def test_less_of_an_error_is_not_odd_and_more_is(statistics):
     known = statistics["measures"]["reconstruction error"]
     for value, expected in ((0.0, 0.0), (known["mean"] + 5 * known["sd"], 5.0)):
-        assert deviations({"reconstruction error": value}, statistics)["reconstruction error"] == pytest.approx(expected)
+        assert deviations({"reconstruction error": value}, statistics)["reconstruction error"] == pytest.approx(
+            expected
+        )
 
 
 @pytest.fixture

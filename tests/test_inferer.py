@@ -339,7 +339,11 @@ def test_the_autoencoder_is_in_single_precision_all_the_same(sampling):
     network, mr, mixed = tiny(), volume(96, 16, 16), {"encode": [], "decode": [], "predict": []}
     for name, calls in mixed.items():
         work = getattr(network, name)
-        setattr(network, name, lambda *args, work=work, calls=calls: calls.append(torch.is_autocast_enabled("cpu")) or work(*args))
+        setattr(
+            network,
+            name,
+            lambda *args, work=work, calls=calls: calls.append(torch.is_autocast_enabled("cpu")) or work(*args),
+        )
     inferer(amp=True, **CUT[sampling])(mr, network, slab(mr, 20))
     assert all(mixed.values()), "each was called"
     assert not any(mixed["encode"] + mixed["decode"]) and all(mixed["predict"])

@@ -448,7 +448,9 @@ def test_training_changes_the_weights_and_the_next_inference_uses_them(server, b
         pair = save(tmp_path / f"mr{n}.nii.gz", mr, affine), save(tmp_path / f"ct{n}.nii.gz", ct, affine)
         server.client(tmp_path, "upload_image", image_in=str(pair[0]), image_id=f"pair{n}")
         server.client(tmp_path, "save_label", image_id=f"pair{n}", label_in=str(pair[1]), tag="final")
-    server.client(tmp_path, "train_start", model=MODEL, params={"max_epochs": 1, "steps_per_epoch": 2, "augmented_copies": 1})
+    server.client(
+        tmp_path, "train_start", model=MODEL, params={"max_epochs": 1, "steps_per_epoch": 2, "augmented_copies": 1}
+    )
     task = server.finished("/train/")
     assert task["status"] == "DONE", task
     stats = server.client(tmp_path, "info")["train_stats"][MODEL]

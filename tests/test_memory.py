@@ -85,7 +85,9 @@ def test_a_volume_that_cannot_fit_is_refused_by_its_header(tmp_path, name):
     held = memory.psutil.Process().memory_info().rss / memory.GIB
     fits, short = (memory.CheckMemoryd("image", (2, 2, 2), held + extra) for extra in (1.0, 0.1))
     assert fits({"image": str(path)}) == {"image": str(path)}
-    with pytest.raises(InputError, match=f"{name}: 60 x 50 x 40 voxels need about 0.3 GiB of memory, 0.1 GiB may be taken"):
+    with pytest.raises(
+        InputError, match=f"{name}: 60 x 50 x 40 voxels need about 0.3 GiB of memory, 0.1 GiB may be taken"
+    ):
         short({"image": str(path)})
     fine = memory.CheckMemoryd("image", (0.1, 0.1, 0.1), held + 1)  # a thousand voxels of the grid for each of the file
     with pytest.raises(InputError, match="GiB"):
@@ -100,7 +102,9 @@ def test_what_has_no_header_is_left_to_the_reader(tmp_path):
 
 @pytest.mark.integration
 def test_the_figures_of_a_gpu_need_nothing_but_pytorch_and_monai():
-    blocked = "itk nibabel pydicom psutil pynvml skimage ignite pywt pytorch_wavelets matplotlib yaml".split()
-    program = f"import sys; sys.path.insert(0, 'benchmarks'); sys.modules.update(dict.fromkeys({blocked!r})); import pipeline"
+    blocked = ["itk", "nibabel", "pydicom", "psutil", "pynvml", "skimage", "ignite", "pywt", "pytorch_wavelets", "matplotlib", "yaml"]
+    program = (
+        f"import sys; sys.path.insert(0, 'benchmarks'); sys.modules.update(dict.fromkeys({blocked!r})); import pipeline"
+    )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

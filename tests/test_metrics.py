@@ -320,8 +320,7 @@ def patients() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     ct, block = body_with_lung_and_couch()
     bony = np.where(block & (rng.random(ct.shape) < 0.2), 900.0, ct)
     return [
-        ((each + rng.normal(0, 50, ct.shape)).clip(*HU_WINDOW), each, rng.random(ct.shape) < 0.7)
-        for each in (bony, ct)
+        ((each + rng.normal(0, 50, ct.shape)).clip(*HU_WINDOW), each, rng.random(ct.shape) < 0.7) for each in (bony, ct)
     ]
 
 

@@ -61,7 +61,10 @@ def test_sound_data_pass_and_have_a_fingerprint_that_follows_them(folder):
 
 def test_a_patient_is_named_by_the_datalist_or_by_what_tells_files_apart(folder):
     assert [p["patient"] for p in pairs_of(folder)["training"]] == ["p0", "p1"]
-    flat = {"training": [{"image": "a.mr.nii.gz", "label": "c.nii"}], "validation": [{"image": "b.nii", "label": "d.nii", "patient": "x"}]}
+    flat = {
+        "training": [{"image": "a.mr.nii.gz", "label": "c.nii"}],
+        "validation": [{"image": "b.nii", "label": "d.nii", "patient": "x"}],
+    }
     (folder / "flat.json").write_text(json.dumps(flat))
     pairs = load_pairs(folder / "flat.json", folder)
     assert pairs["training"][0]["patient"] == "a.mr" and pairs["validation"][0]["patient"] == "x"
@@ -169,7 +172,9 @@ def patients(batches: list) -> list[list[int]]:
 
 
 def test_a_batch_holds_different_patients_and_large_volumes_come_more_often():
-    batches = patients(DistinctPatientSampler(SimpleNamespace(sizes=[100, 100, 400, 1600]), batch_size=2, batches=2000, seed=1))
+    batches = patients(
+        DistinctPatientSampler(SimpleNamespace(sizes=[100, 100, 400, 1600]), batch_size=2, batches=2000, seed=1)
+    )
     assert len(batches) == 2000
     assert all(len(set(batch)) == 2 for batch in batches)
     count = np.bincount(np.concatenate(batches))
@@ -197,7 +202,9 @@ def test_a_sampler_that_starts_in_the_middle_goes_on_as_the_whole_one():
 @pytest.mark.parametrize("count", [30, 5])  # enough patients for all batches of a step, and not
 def test_two_ranks_draw_what_one_process_accumulates(count):
     one = DistinctPatientSampler(SimpleNamespace(sizes=[1] * count), 4, 20, seed=2, accumulation=2)
-    ranks = [DistinctPatientSampler(SimpleNamespace(sizes=[1] * count), 4, 10, seed=2, rank=r, world_size=2) for r in (0, 1)]
+    ranks = [
+        DistinctPatientSampler(SimpleNamespace(sizes=[1] * count), 4, 10, seed=2, rank=r, world_size=2) for r in (0, 1)
+    ]
     alone, together = list(one), [batch for pair in zip(*ranks) for batch in pair]
     assert alone == together
     assert all(len(set(batch)) == 4 for batch in patients(alone))

@@ -38,7 +38,7 @@ def test_every_tissue_has_a_signal_and_hounsfield_units_and_is_there(body):
 
 def test_everything_is_where_it_belongs(body):
     lung, brain, bone = where(body, "lung"), where(body, "brain"), where(body, "cortex")
-    assert 1100 < lung[:, 2].min() and lung[:, 2].max() < 1420 < brain[:, 2].min()
+    assert lung[:, 2].min() > 1100 and lung[:, 2].max() < 1420 < brain[:, 2].min()
     assert bone[:, 2].min() < 120 and bone[:, 2].max() > 1650  # from the ankles to the skull
     organ = where(body, "organ")
     liver = organ[(organ[:, 2] > 1100) & (organ[:, 2] < 1140)]

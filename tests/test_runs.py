@@ -109,7 +109,9 @@ def test_a_killed_run_resumes_on_the_curve_of_the_uninterrupted_one(name, when, 
     assert list(resumed) == list(range(last + 1, 13))
     for iteration, loss in resumed.items():
         assert loss == pytest.approx(expected[iteration], rel=1e-3)
-    weights = [torch.load(sorted(f.glob("checkpoint_*.pt"))[-1], weights_only=True) for f in (folder, tmp_path / "whole")]
+    weights = [
+        torch.load(sorted(f.glob("checkpoint_*.pt"))[-1], weights_only=True) for f in (folder, tmp_path / "whole")
+    ]
     one, other = (w["network"] for w in weights)
     for key in one:
         torch.testing.assert_close(one[key], other[key], rtol=1e-3, atol=1e-4)
@@ -124,7 +126,16 @@ def test_two_processes_train_as_one_that_accumulates(name, phantoms, trained, tm
         settings |= {"autoencoder_checkpoint": str(trained / "ae/autoencoder.pt"), "augmented_copies": 1}
     train(name, **settings, accumulation=2, output_dir=str(tmp_path / "one"))
     files = [str(ROOT / "configs" / f"{n}.yaml") for n in (name, "multi_gpu_train")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "monai.bundle"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "monai.bundle",
+    ]
     command += ["run", "--config_file", str(files)]
     denoiser = TRAINING_DENOISER if name == "train" else {}
     for key, value in {**settings, **denoiser, "output_dir": str(tmp_path / "two")}.items():
@@ -147,13 +158,21 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(trained, phantoms):
 
 def test_a_complete_run_says_so(trained, phantoms):
     with pytest.raises(SystemExit, match="the run is complete; give a larger --max_epochs"):
-        train("train+train_autoencoder", **TRAINING, dataset_dir=str(phantoms), output_dir=str(trained / "ae"), resume=True)
+        train(
+            "train+train_autoencoder",
+            **TRAINING,
+            dataset_dir=str(phantoms),
+            output_dir=str(trained / "ae"),
+            resume=True,
+        )
 
 
 def test_a_checkpoint_of_another_network_is_refused(trained, phantoms):
     other = {**TRAINING, "autoencoder_channels": [8, 24], "max_epochs": 9}
     with pytest.raises(SystemExit, match="of another model or config"):
-        train("train+train_autoencoder", **other, dataset_dir=str(phantoms), output_dir=str(trained / "ae"), resume=True)
+        train(
+            "train+train_autoencoder", **other, dataset_dir=str(phantoms), output_dir=str(trained / "ae"), resume=True
+        )
 
 
 class Trainer(Engine):
@@ -255,7 +274,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step_and_names_the_p
             bad = weights["iteration"] == 2
             return output[0].square().mean() * (float("nan") if bad else 1.0)
 
-    workflow = train_workflow("train+train_autoencoder", **TRAINING, dataset_dir=str(phantoms), output_dir=str(tmp_path))
+    workflow = train_workflow(
+        "train+train_autoencoder", **TRAINING, dataset_dir=str(phantoms), output_dir=str(tmp_path)
+    )
     workflow.parser["checkpoint_interval"] = 1
     trainer = workflow.parser.get_parsed_content("train#trainer")
     trainer.loss_function = Poison()
@@ -266,7 +287,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step_and_names_the_p
         weights["iteration"] = engine.state.iteration
         weights["before"] = [p.detach().clone() for p in engine.network.parameters()]
 
-    with pytest.raises(SystemExit, match=r"the loss is nan at iteration 2, patients p\d, p\d; the last checkpoint is good"):
+    with pytest.raises(
+        SystemExit, match=r"the loss is nan at iteration 2, patients p\d, p\d; the last checkpoint is good"
+    ):
         workflow.run()
     assert all(torch.equal(a, b) for a, b in zip(weights["before"], trainer.network.parameters()))
     saved = torch.load(sorted(tmp_path.glob("checkpoint_*.pt"))[-1], weights_only=True)
@@ -287,7 +310,9 @@ def test_the_record_says_what_ran_and_grows_when_resumed(tmp_path):
     assert record["settings"] == {"batch_size": 2, "roi_size": [8, 8], "name": "x"}
     assert record["data_sha256"] == "abc" and torch.__version__.startswith(record["versions"]["torch"].split("+")[0])
     assert record["hardware"]["cores"] == os.cpu_count() and record["command"] == sys.argv
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     assert record["commit"] is None or record["commit"].rstrip("+") == commit
     write_record(tmp_path, settings)
     assert len(json.loads((tmp_path / "run.json").read_text())) == 2

@@ -35,8 +35,7 @@ def test_the_defaults_of_every_config_are_allowed(path):
 def test_every_plain_value_of_the_inference_config_is_in_the_table_or_belongs_to_the_network():
     """So that a setting that changes the result cannot be forgotten in the record of a synthesis."""
     network = set(
-        "latent_channels autoencoder_channels autoencoder_blocks stem wavelet denoiser_channels dsca prediction "
-        "num_train_timesteps beta_end".split()
+        ["latent_channels", "autoencoder_channels", "autoencoder_blocks", "stem", "wavelet", "denoiser_channels", "dsca", "prediction", "num_train_timesteps", "beta_end"]
     )
     components = {"handlers"}
     for name, value in ConfigParser.load_config_file(str(INFERENCE)).items():
@@ -69,7 +68,9 @@ def test_a_value_that_is_not_allowed_is_refused_in_one_line_with_what_is(name, v
     assert "\n" not in str(error.value) and str(value) in str(error.value)
 
 
-@given(st.one_of(st.integers(-(10**30), 10**30), st.floats(), st.text(), st.booleans(), st.none(), st.lists(st.floats())))
+@given(
+    st.one_of(st.integers(-(10**30), 10**30), st.floats(), st.text(), st.booleans(), st.none(), st.lists(st.floats()))
+)
 def test_any_value_is_converted_into_the_range_or_refused(value):
     for name, setting in SETTINGS.items():
         try:
@@ -95,7 +96,10 @@ def test_what_is_neither_true_nor_false_is_refused(value):
         parse_bool(value)
 
 
-@pytest.mark.parametrize(("name", "meant"), [("seeed", "seed"), ("num_samlpes", "num_samples"), ("strct", "strict"), ("out_dir", "output_dir")])
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("seeed", "seed"), ("num_samlpes", "num_samples"), ("strct", "strict"), ("out_dir", "output_dir")],
+)
 def test_an_unknown_setting_is_refused_with_the_one_that_was_meant(name, meant):
     with pytest.raises(InputError, match=f"no setting '{name}'.*did you mean '{meant}'"):
         check_settings(inference(**{name: 1}))
@@ -123,12 +127,25 @@ def test_values_are_converted_in_place():
 
 
 def test_the_command_line_of_monai_is_read_and_others_are_not():
-    arguments = ["/x/monai/bundle/__main__.py", "run", "--config_file", "a.yaml", "--seed=3", "--inferer#seed", "4", "--a::b", "1"]
+    arguments = [
+        "/x/monai/bundle/__main__.py",
+        "run",
+        "--config_file",
+        "a.yaml",
+        "--seed=3",
+        "--inferer#seed",
+        "4",
+        "--a::b",
+        "1",
+    ]
     assert given_on_command_line(arguments) == ["seed", "inferer", "a"]
     assert given_on_command_line(["/usr/bin/pytest", "--seed", "3"]) == []
 
 
-@pytest.mark.parametrize("arguments", [["--seeed", "5"], ["--out_dir", "x"], ["--num_samples", "0"], ["--device", "cuda:7"], ["--spacing", "1"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--seeed", "5"], ["--out_dir", "x"], ["--num_samples", "0"], ["--device", "cuda:7"], ["--spacing", "1"]],
+)
 def test_the_command_ends_in_one_line_before_anything_is_read(arguments, tmp_path):
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(INFERENCE)]
     command += ["--dataset_dir", str(tmp_path), "--output_dir", str(tmp_path / "out"), *arguments]

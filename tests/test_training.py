@@ -65,7 +65,9 @@ def test_a_crop_of_the_ct_is_where_the_crop_of_the_latent_is(phantoms):
     dataset.latents[1] = [version]
     version["image"] = torch.nn.functional.avg_pool3d(version["label"].float()[None], 4)[0]
     item = dataset[1]
-    torch.testing.assert_close(torch.nn.functional.avg_pool3d(item["label"][None], 4)[0], item["image"], atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        torch.nn.functional.avg_pool3d(item["label"][None], 4)[0], item["image"], atol=1e-3, rtol=0
+    )
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
@@ -87,13 +89,17 @@ def test_half_of_a_fine_tuning_batch_starts_where_sampling_does():
     batch |= {k: torch.rand(4, 1, 8, 8, 8) for k in ("label", "valid")}
     _, (target, valid, ct), _, kwargs = EstimatePrepareBatch(schedule)(batch, "cpu")
     assert kwargs["timesteps"][:2].tolist() == [schedule.inference_timesteps(1)[0][0]] * 2
-    assert target.shape == batch["image"].shape and torch.equal(ct, batch["label"]) and torch.equal(valid, batch["valid"])
+    assert (
+        target.shape == batch["image"].shape and torch.equal(ct, batch["label"]) and torch.equal(valid, batch["valid"])
+    )
 
 
 def test_a_regression_batch_is_mr_ct_and_where_the_pair_is_valid():
     batch = {key: torch.rand(2, 1, 4, 4, 4) * 2 - 1 for key in ("image", "label")}
     mr, (ct, valid) = SynthesisPrepareBatch()(batch, "cpu")
-    assert torch.equal(mr, batch["image"]) and torch.equal(ct, batch["label"]) and torch.equal(valid, valid_voxels(mr, ct))
+    assert (
+        torch.equal(mr, batch["image"]) and torch.equal(ct, batch["label"]) and torch.equal(valid, valid_voxels(mr, ct))
+    )
 
 
 def test_stage_one_validates_the_reconstruction_of_the_ct():
@@ -122,7 +128,9 @@ def test_reconstruction_in_tiles_is_the_autoencoders_and_keeps_the_size():
         def decode(self, latent):
             return latent.clone()  # what a predictor returns is scaled in place
 
-    same = ReconstructionInferer([16, 16, 16], amp=False)(volume, Identity(latent_channels=4, channels=[8, 16], num_blocks=[1, 1]))
+    same = ReconstructionInferer([16, 16, 16], amp=False)(
+        volume, Identity(latent_channels=4, channels=[8, 16], num_blocks=[1, 1])
+    )
     torch.testing.assert_close(same, volume, atol=1e-5, rtol=0)
 
 
@@ -151,8 +159,13 @@ def test_all_stages_train_and_leave_weights_that_load_strictly(trained):
 
 def test_the_unet_baseline_trains_and_infers_by_the_same_overlay(phantoms, infer, tmp_path):
     small = {key: value for key, value in TRAINING.items()}
-    train("train+train_autoencoder+baselines/unet", **small, dataset_dir=str(phantoms), output_dir=str(tmp_path / "unet"),
-          **{"network_def#channels": [4, 8], "network_def#strides": [2]})
+    train(
+        "train+train_autoencoder+baselines/unet",
+        **small,
+        dataset_dir=str(phantoms),
+        output_dir=str(tmp_path / "unet"),
+        **{"network_def#channels": [4, 8], "network_def#strides": [2]},
+    )
     workflow = ConfigWorkflow(
         config_file=["configs/inference.yaml", "configs/baselines/unet.yaml"], workflow_type="infer", logging_file=False,
         dataset_dir=str(phantoms / "p5/mr.nii.gz"), output_dir=str(tmp_path / "out"), roi_size=[32, 32, 32],
@@ -176,10 +189,19 @@ def test_an_ablation_leaves_out_what_it_says(name, phantoms, tmp_path):
 
 
 def test_the_papers_settings_train_and_sample_finite(phantoms, tmp_path):
-    small = {**TRAINING, "autoencoder_channels": [4, 8, 8], "autoencoder_blocks": [1, 1, 1], "dataset_dir": str(phantoms)}
+    small = {
+        **TRAINING,
+        "autoencoder_channels": [4, 8, 8],
+        "autoencoder_blocks": [1, 1, 1],
+        "dataset_dir": str(phantoms),
+    }
     train("train+train_autoencoder+paper", **small, output_dir=str(tmp_path / "ae"))
     workflow = train(
-        "train+paper", **small, augmented_copies=1, autoencoder_checkpoint=str(tmp_path / "ae/autoencoder.pt"), output_dir=str(tmp_path / "ldm")
+        "train+paper",
+        **small,
+        augmented_copies=1,
+        autoencoder_checkpoint=str(tmp_path / "ae/autoencoder.pt"),
+        output_dir=str(tmp_path / "ldm"),
     )
     schedule = workflow.parser.get_parsed_content("schedule")
     assert schedule.prediction == "epsilon" and float(schedule.betas[-1]) == pytest.approx(0.2)

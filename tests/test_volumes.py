@@ -127,9 +127,7 @@ def test_a_folder_keeps_its_sub_folders(tmp_path):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
     found = find_volumes(tmp_path)
-    assert names(found) == sorted(
-        ["a_sct.nii.gz", "x/a_sct.nii.gz", "x/y/b_sct.nrrd", "z/c_sct.mha", "z/d_sct.nii"]
-    )
+    assert names(found) == sorted(["a_sct.nii.gz", "x/a_sct.nii.gz", "x/y/b_sct.nrrd", "z/c_sct.mha", "z/d_sct.nii"])
     assert {Path(item["image"]).relative_to(tmp_path).as_posix() for item in found} == {*paths} - {"z/notes.txt"}
 
 
@@ -517,7 +515,9 @@ def test_restore_grid_is_linear_interpolation_between_the_two_grids(slab_voxels)
     values = np.random.default_rng(0).normal(size=(9, 8, 7)).astype(np.float32)
     source = volume(values, affine)
     source.meta["source_affine"], source.meta["source_shape"] = torch.from_numpy(target), torch.tensor([6, 9, 4])
-    restored = RestoreGridd("pred", slab_voxels=slab_voxels)({"image": source, "pred": torch.from_numpy(values)[None]})["pred"]
+    restored = RestoreGridd("pred", slab_voxels=slab_voxels)({"image": source, "pred": torch.from_numpy(values)[None]})[
+        "pred"
+    ]
     points = nib.affines.apply_affine(np.linalg.inv(affine) @ target, np.moveaxis(np.indices((6, 9, 4)), 0, -1))
     expected = ndimage.map_coordinates(values, np.moveaxis(points, -1, 0), order=1, mode="nearest")
     np.testing.assert_allclose(restored[0], expected, atol=1e-4)

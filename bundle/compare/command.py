@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,11 @@ PIXEL = (SLICES, "baselines/ddpm")
 
 def _encoded(weights: str) -> dict[str, Any]:
     """Settings that put a first stage's weights in the second."""
-    load = {"_target_": "custom_modules.networks.weights.load_weights_or_stop", "network": "@autoencoder_def", "path": weights}
+    load = {
+        "_target_": "custom_modules.networks.weights.load_weights_or_stop",
+        "network": "@autoencoder_def",
+        "path": weights,
+    }
     return {"network_def#autoencoder": load}
 
 
@@ -76,7 +80,9 @@ def _project(name: str, title: str, *overlay: str, autoencoder: str | None = Non
     stages = [
         Stage(first, [*FIRST, *overlay], 0.35, {"best_weights": "model.pt"}),
         Stage(f"{name}_diffusion", ["train", *overlay], 0.35, {"autoencoder_checkpoint": f"{{runs}}/{first}/model.pt"}),
-        Stage(name, ["train", "finetune", *overlay], 0.3, {"initial_checkpoint": f"{{runs}}/{name}_diffusion/model.pt"}),
+        Stage(
+            name, ["train", "finetune", *overlay], 0.3, {"initial_checkpoint": f"{{runs}}/{name}_diffusion/model.pt"}
+        ),
     ]
     return System(title, stages, overlay)
 
@@ -148,9 +154,10 @@ def compare(
             three splits, or an ``output_dir`` of another budget or other data.
     """
     names = _names(systems)
-    if not isinstance(budget, (int, float)) or min(
-        60 * budget * stage.share for name in names or SYSTEMS for stage in SYSTEMS[name].stages
-    ) < STEP_SECONDS:
+    if (
+        not isinstance(budget, (int, float))
+        or min(60 * budget * stage.share for name in names or SYSTEMS for stage in SYSTEMS[name].stages) < STEP_SECONDS
+    ):
         raise InputError(f"a budget of {budget} min is too small for one step of each stage; give more --budget")
     path = Path(datalist or Path(dataset_dir) / "datalist.json")
     pairs = load_pairs(path, dataset_dir, SPLITS)
@@ -191,7 +198,7 @@ def _compare_one(
     output_dir: Path, results: Path, settings: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Train and score one system, and write its record; a failure is a record too."""
-    record = {"system": name, **identity, "date": datetime.now(timezone.utc).date().isoformat(), "commit": commit(),
+    record = {"system": name, **identity, "date": datetime.now(UTC).date().isoformat(), "commit": commit(),
               "hardware": {**hardware(), "threads": torch.get_num_threads()}, "problem": ""}  # fmt: skip
     try:
         runs, stages = output_dir / "runs", SYSTEMS[name].stages

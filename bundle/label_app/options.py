@@ -32,7 +32,9 @@ class Options:
         for name, default in self.defaults.items():
             choices = self.settings[name].choices
             others = [choice for choice in choices if choice != default]
-            values[name] = [default, *others] if choices else json.dumps(default) if isinstance(default, list) else default
+            values[name] = (
+                [default, *others] if choices else json.dumps(default) if isinstance(default, list) else default
+            )
         return values
 
     def chosen(self, request: Mapping[str, Any]) -> dict[str, Any]:

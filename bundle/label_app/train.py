@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ class FineTuning(TrainTask):
         ship(str(run / "model.pt"), str(self.weights))
         evaluator = workflow.parser.get_parsed_content("validate#evaluator")
         stats = {
-            "trained": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "trained": datetime.now(UTC).isoformat(timespec="seconds"),
             "pairs": len(training), "validation_pairs": len(validation),
             "best_metric": evaluator.state.best_metric,  # in-body MAE, HU
             "model_sha256": sha256(self.weights), "started_from_sha256": started_from, **settings,

@@ -34,7 +34,9 @@ class SeededDataset(Dataset):
     @property
     def sizes(self) -> list[int]:
         """Voxels of each item: the dataset's own ``sizes``, or those of the images that a ``CacheDataset`` holds."""
-        return self.dataset.sizes if hasattr(self.dataset, "sizes") else [i["image"].numel() for i in self.dataset._cache]
+        return (
+            self.dataset.sizes if hasattr(self.dataset, "sizes") else [i["image"].numel() for i in self.dataset._cache]
+        )
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         index, seed = key

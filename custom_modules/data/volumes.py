@@ -271,7 +271,7 @@ def input_of(path: str | Path) -> str | None:
     record = beside(path, "", ".json")
     try:
         content = json.loads(record.read_text()) if record.is_file() else {}
-        return str(content["input"]) if RECORD <= set(content) else None
+        return str(content["input"]) if set(content) >= RECORD else None
     except (OSError, ValueError, TypeError):
         return None
 

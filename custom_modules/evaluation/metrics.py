@@ -25,12 +25,6 @@ SSIM_WINDOW = 7  # voxels; uniform
 SMALLEST = (SSIM_WINDOW - 1) * 2 ** (len(SCALES) - 1) + 1  # voxels a side that five scales need
 
 
-
-
-
-
-
-
 def dice(a: np.ndarray, b: np.ndarray) -> float:
     """Dice overlap of two masks; NaN, not defined, when both are empty."""
     total = int(a.sum()) + int(b.sum())
@@ -52,9 +46,7 @@ def rmse(pred: np.ndarray, ct: np.ndarray, mask: np.ndarray, window: Window | No
     return _mean(np.subtract(*_inside(pred, ct, mask, window)) ** 2) ** 0.5
 
 
-def tissue_mae(
-    pred: np.ndarray, ct: np.ndarray, mask: np.ndarray, window: Window | None = None, *, name: str
-) -> float:
+def tissue_mae(pred: np.ndarray, ct: np.ndarray, mask: np.ndarray, window: Window | None = None, *, name: str) -> float:
     """Mean absolute error in HU over one tissue of the CT."""
     return mae(pred, ct, mask & tissue(ct, name), window)
 
@@ -198,8 +190,6 @@ def score(pred: np.ndarray, ct: np.ndarray, mask: np.ndarray, protocol: str = "s
     """
     pred, ct = pred.astype(np.float32), ct.astype(np.float32)
     return {name: metric(pred, ct, mask) for name, metric in PROTOCOLS[protocol].items()}
-
-
 
 
 class InBodyScore(CumulativeIterationMetric):

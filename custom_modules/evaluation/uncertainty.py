@@ -90,7 +90,3 @@ def assess(pred: np.ndarray, ct: np.ndarray, sd: np.ndarray, mask: np.ndarray) -
     # area between the curves, over the error of all voxels: 0 is a perfect ranking
     values["ause"] = float(np.trapezoid(curve - best, FRACTIONS) / curve[0]) if curve[0] else float("nan")
     return {**values, "sparsification": curve.tolist(), "oracle": best.tolist()}
-
-
-
-

@@ -65,7 +65,12 @@ class LatentSampler(Inferer):
             raise ValueError(f"output must be 'mean' or 'sample', got '{output}'")
         if seed < 0 or num_samples < 1:
             raise ValueError(f"seed must be 0 or more and num_samples 1 or more, got {seed} and {num_samples}")
-        self.num_inference_steps, self.num_samples, self.output, self.seed = num_inference_steps, num_samples, output, seed
+        self.num_inference_steps, self.num_samples, self.output, self.seed = (
+            num_inference_steps,
+            num_samples,
+            output,
+            seed,
+        )
         self.margin, self.memory_limit, self.amp, self.progress = margin, memory_limit, amp, progress
 
     @torch.inference_mode()

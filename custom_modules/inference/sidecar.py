@@ -57,7 +57,11 @@ class Sidecar:
         if not (target.is_file() and record.is_file()):
             return False
         try:
-            made = {"input_sha256": sha256(volume_files(item["image"])), "output_sha256": sha256(target), **self._of_all()}
+            made = {
+                "input_sha256": sha256(volume_files(item["image"])),
+                "output_sha256": sha256(target),
+                **self._of_all(),
+            }
             found = json.loads(record.read_text(encoding="utf-8"))
             return all(found.get(name) == value for name, value in to_plain(made).items())
         except (InputError, OSError, ValueError, AttributeError):  # whoever reads the input says what is wrong with it

@@ -30,7 +30,11 @@ class WindowInferer(LatentSampler):
     """
 
     def __init__(
-        self, window_size: Sequence[int] = (64, 64, 64), overlap: float = 0.25, sw_batch_size: int | None = None, **settings
+        self,
+        window_size: Sequence[int] = (64, 64, 64),
+        overlap: float = 0.25,
+        sw_batch_size: int | None = None,
+        **settings,
     ) -> None:
         super().__init__(**settings)
         if not 0 <= overlap < 1:
@@ -65,8 +69,6 @@ class WindowInferer(LatentSampler):
         noise = torch.cat([torch.randn(z_mr.shape, generator=generator) for generator in generators]).to(z_mr)
         with self._autocast(z_mr.device):
             condition = network.condition(z_mr.repeat(len(generators), 1, 1, 1, 1))
-            z = network.schedule.sample(
-                lambda z, t: network.predict(z, t, condition), noise, self.num_inference_steps
-            )
+            z = network.schedule.sample(lambda z, t: network.predict(z, t, condition), noise, self.num_inference_steps)
         ct[inside] = self._summary(network.decode(s) for s in z.chunk(len(generators))).to(ct.dtype)
         return ct

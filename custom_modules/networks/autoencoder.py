@@ -42,7 +42,9 @@ class WaveletAutoencoderKL(nn.Module):
     ) -> None:
         super().__init__()
         if latent_channels % 2:
-            raise ValueError(f"latent_channels must be even to split into structure and modality, got {latent_channels}")
+            raise ValueError(
+                f"latent_channels must be even to split into structure and modality, got {latent_channels}"
+            )
         if stem not in ("haar", "conv"):
             raise ValueError(f"stem must be 'haar' or 'conv', got '{stem}'")
         self.latent_channels = latent_channels

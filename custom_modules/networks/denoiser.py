@@ -62,7 +62,9 @@ class LatentDenoiser(nn.Module):
                 nn.Identity() if level == 0 else nn.ConvTranspose3d(width, channels[level - 1], 2, stride=2)
             )
             if dsca:
-                self.skip.append(DualSkipConnectionAttention(width, latent_channels, attention_channels, self.window >> level))
+                self.skip.append(
+                    DualSkipConnectionAttention(width, latent_channels, attention_channels, self.window >> level)
+                )
         self.middle = ResidualBlock(channels[-1], channels[-1], embedding)
         self.out = nn.Sequential(
             ChannelRMSNorm(channels[0]), nn.SiLU(), nn.Conv3d(channels[0], latent_channels, 3, padding=1)

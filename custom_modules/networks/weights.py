@@ -53,7 +53,9 @@ def read_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise InputError(f"{path}: not readable as weights ({type(error).__name__}); fetch or train it again") from error
+        raise InputError(
+            f"{path}: not readable as weights ({type(error).__name__}); fetch or train it again"
+        ) from error
     if not isinstance(state, dict):
         raise InputError(f"{path}: weights of another network than the config describes (no state dict)")
     stored = state.pop(TRAINED_WITH, {})
@@ -63,9 +65,13 @@ def read_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def check_trained_with(path: str | Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise InputError that lists every value in which ``stored`` and ``wanted`` differ."""
     pairs = {name: (stored[name], value) for name, value in to_plain(wanted).items() if name in stored}
-    wrong = [f"{name} {a}, not {b}" for name, (a, b) in pairs.items() if not np.array_equal(np.asarray(a), np.asarray(b))]
+    wrong = [
+        f"{name} {a}, not {b}" for name, (a, b) in pairs.items() if not np.array_equal(np.asarray(a), np.asarray(b))
+    ]
     if wrong:
-        raise InputError(f"{path}: trained with {'; '.join(wrong)}; leave these settings as they are, or train with them")
+        raise InputError(
+            f"{path}: trained with {'; '.join(wrong)}; leave these settings as they are, or train with them"
+        )
 
 
 def load_weights_or_stop(
@@ -95,5 +101,3 @@ def save_weights(
     with atomic_write(path) as temporary:
         torch.save(state, temporary)
     return sha256(path)
-
-

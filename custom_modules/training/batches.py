@@ -73,14 +73,14 @@ class ReconstructionInferer(Inferer):
         self.tile_size, self.amp = tuple(tile_size), amp
 
     def __call__(self, inputs: Tensor, network: WaveletAutoencoderKL) -> Tensor:  # type: ignore[override]
-        volume, inside = pad_to_windows(convert_to_tensor(inputs, track_meta=False), self.tile_size, network.downsampling)
+        volume, inside = pad_to_windows(
+            convert_to_tensor(inputs, track_meta=False), self.tile_size, network.downsampling
+        )
         with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.amp):
             decoded = sliding_window_inference(
                 volume, self.tile_size, 1, lambda tile: network.decode(network.encode(tile)[0]), 0.25, mode="gaussian"
             )
         return decoded[inside]
-
-
 
 
 class LatentPrepareBatch(DiffusionPrepareBatch):

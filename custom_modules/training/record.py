@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def write_record(folder: str | Path, settings: Mapping[str, Any], data_sha256: s
     records = json.loads(path.read_text()) if path.exists() else []
     packages = ("torch", "monai", "pytorch-ignite", "nibabel", "itk", "numpy")
     record = {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "settings": settings,
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
@@ -64,7 +64,11 @@ def hardware() -> dict[str, Any]:
     models = re.findall(r"model name\s*: (.+)", info.read_text()) if info.is_file() else []
     cpu = models[0] if models else platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": cpu, "cores": cores, "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]}
+    return {
+        "cpu": cpu,
+        "cores": cores,
+        "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
+    }
 
 
 def commit() -> str | None:
