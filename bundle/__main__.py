@@ -1,34 +1,187 @@
-"""``python -m bundle COMMAND``: one function a command, arguments by fire."""
+"""``wldm COMMAND``, the same as ``python -m bundle COMMAND``: one function per command, arguments by fire.
+
+Commands are imported when they run, and help is read from their source, so that it does not wait for PyTorch.
+"""
 
 from __future__ import annotations
 
+import ast
+import difflib
+import functools
+import importlib
+import inspect
 import sys
+import textwrap
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-import fire
+from custom_modules import BUNDLE_ROOT, bundle_version
+from custom_modules.errors import InputError, end_in_one_line_on_signals
+from custom_modules.settings import SETTINGS, number, parse_bool
 
-from bundle.calibrate import calibrate, guard
-from bundle.compare.command import compare
-from bundle.demo import demo
-from bundle.evaluate import evaluate
-from bundle.phantom.command import phantom
-from bundle.prepare.command import prepare
-from bundle.release.export import export
-from bundle.release.package import package
-from bundle.release.ship import ship
-from bundle.report import report
-from bundle.synthesize import synthesize
-from custom_modules.errors import InputError
-
-COMMANDS = [
-    synthesize, evaluate, compare, report, calibrate, guard, prepare, phantom, demo, ship, export, package,
-]  # fmt: skip
+# command: its module, and the config whose settings it takes as well
+COMMANDS = {
+    "synthesize": ("bundle.synthesize", "inference"),
+    "evaluate": ("bundle.evaluate", "inference"),
+    "report": ("bundle.report", None),
+    "demo": ("bundle.demo", "inference"),
+    "prepare": ("bundle.prepare.command", None),
+    "phantom": ("bundle.phantom.command", None),
+    "compare": ("bundle.compare.command", "train"),
+    "calibrate": ("bundle.calibrate", "inference"),
+    "guard": ("bundle.calibrate", "inference"),
+    "ship": ("bundle.release.ship", None),
+    "export": ("bundle.release.export", "inference"),
+    "package": ("bundle.release.package", None),
+}
+HELP = ("--help", "-h", "help")
+KINDS: dict[Any, tuple[Callable[[Any], Any], str]] = {
+    bool: (parse_bool, "true or false"),
+    int: (functools.partial(number, whole=True), "a whole number"),
+    float: (functools.partial(number, whole=False), "a number"),
+}
 
 
 def main() -> None:
+    """Run the command in ``sys.argv``. An error ends in one line and the exit status 1, a wrong command line in 2."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in HELP:
+        print(overview())
+    elif arguments[0] == "--version":
+        print(f"wldm {bundle_version()}")
+    elif arguments[0] not in COMMANDS:
+        close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        advice = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(COMMANDS)}"
+        _exit(f"no command '{arguments[0]}'; {advice}", 2)
+    elif any(argument in HELP[:2] for argument in arguments[1:]):
+        print(command_help(arguments[0]))
+    else:
+        run(arguments[0], arguments[1:])
+
+
+def _exit(message: str, status: int) -> typing.NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def run(name: str, arguments: list[str]) -> None:
+    """Import the command ``name`` and run it."""
+    import fire
+
+    end_in_one_line_on_signals()
+    check_flags(name, arguments)
+    function = getattr(importlib.import_module(COMMANDS[name][0]), name)
     try:
-        fire.Fire({command.__name__: command for command in COMMANDS}, name="python -m bundle")
+        fire.Fire(typed(function), command=arguments, name=f"wldm {name}")
     except InputError as error:
-        sys.exit(f"error: {error}")
+        _exit(str(error), 1)
+
+
+def check_flags(name: str, arguments: list[str]) -> None:
+    """Exit with one line for an option that the command ``name`` does not have."""
+    function = source(name)
+    options = [argument.arg for argument in function.args.args]
+    allowed = options + (list(SETTINGS) if COMMANDS[name][1] else [])
+    for argument in arguments:
+        flag = argument.removeprefix("--").split("=")[0].replace("-", "_")
+        if not argument.startswith("--") or not flag or flag.removeprefix("no") in options:
+            continue
+        if flag not in options and not (function.args.kwarg and (flag in allowed or "#" in flag or "::" in flag)):
+            if function.args.kwarg and not COMMANDS[name][1]:
+                continue  # the command knows its own settings
+            close = difflib.get_close_matches(flag, allowed, n=1)
+            advice = f"did you mean --{close[0]}?" if close else f"wldm {name} --help lists them"
+            _exit(f"{name} has no option --{flag}; {advice}", 2)
+
+
+def typed(function: Callable[..., None]) -> Callable[..., None]:
+    """``function`` with the values of a command line converted to the types of its parameters.
+
+    Raises:
+        InputError: for a value of another type.
+    """
+    hints = typing.get_type_hints(function)
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        bound = inspect.signature(function).bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            for kind in typing.get_args(hints.get(name)) or (hints.get(name),):
+                if kind in KINDS and value is not None:
+                    convert, wanted = KINDS[kind]
+                    try:
+                        bound.arguments[name] = convert(value)
+                    except (TypeError, ValueError, OverflowError):
+                        raise InputError(f"--{name} {value}: must be {wanted}") from None
+        function(*bound.args, **bound.kwargs)
+
+    return wrapper
+
+
+# help
+
+
+def source(name: str) -> ast.FunctionDef:
+    """The function of the command ``name`` as it stands in its file."""
+    path = Path(BUNDLE_ROOT, *COMMANDS[name][0].split(".")).with_suffix(".py")
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+
+
+def overview() -> str:
+    """All commands, a line each."""
+    lines = [f"wldm {bundle_version()}: synthetic CT from MR, and training on your own pairs", "", "usage: wldm COMMAND ...", ""]
+    for name in COMMANDS:
+        doc = ast.get_docstring(source(name)) or ""
+        first = " ".join(doc.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
+        lines.append(textwrap.fill(f"  {name:<12}{first}", 110, subsequent_indent=" " * 14))
+    return "\n".join([*lines, "", "wldm COMMAND --help lists the options of a command; --version prints the version"])
+
+
+def command_help(name: str) -> str:
+    """Options of the command ``name`` with their defaults, and the settings of its config."""
+    function, config = source(name), COMMANDS[name][1]
+    arguments, defaults = function.args.args, function.args.defaults
+    required = [argument.arg for argument in arguments[: len(arguments) - len(defaults)]]
+    usage = " ".join(["usage: wldm", name, *(argument.upper() for argument in required), "[--option value ...]"])
+    lines = [usage, "", ast.get_docstring(function) or "", "", "options:"]
+    for argument, default in zip(arguments[len(required) :], defaults, strict=True):
+        lines.append(f"  --{argument.arg:<22} default {_default(default)}")
+    if config:
+        lines += ["", f"settings of configs/{config}.yaml:", *settings_help(config, [a.arg for a in arguments])]
+    return "\n".join(lines)
+
+
+def _default(node: ast.expr) -> str:
+    text = ast.unparse(node)
+    return text.removeprefix("str(ROOT / ").removesuffix(")").replace("' / '", "/").strip("'") if "ROOT" in text else text
+
+
+def settings_help(config: str, taken: list[str]) -> list[str]:
+    """The settings of a config but those ``taken`` by the command: what each means, what is allowed, the default."""
+    import yaml
+
+    content = yaml.safe_load(Path(BUNDLE_ROOT, "configs", f"{config}.yaml").read_text(encoding="utf-8"))
+    lines = []
+    for name, setting in SETTINGS.items():
+        if name in content and name not in taken and name != "dataset_dir":
+            default = content[name]
+            text = "" if isinstance(default, str) and default.startswith("$") else f" Default {_yaml(default)}."
+            lines.append(
+                textwrap.fill(
+                    f"{setting.help} ({setting.allowed}).{text}",
+                    110,
+                    initial_indent=f"  --{name:<22} ", subsequent_indent=" " * 27,
+                )  # fmt: skip
+            )
+    return lines
+
+
+def _yaml(value: Any) -> str:
+    """``value`` as YAML and the command line write it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def calibrate(
     dataset_dir: str,
     datalist: str | None = None,
     split: str = "validation",
-    output: str = str(ROOT / "models" / "calibration.json"),
+    path: str = str(ROOT / "models" / "calibration.json"),
     pred_dir: str | None = None,
     num_samples: int = 8,
     **settings: Any,
@@ -32,7 +32,7 @@ def calibrate(
 
     Args:
         split: validation patients; never those that results are reported of.
-        output: the JSON that inference.yaml reads.
+        path: the JSON that inference.yaml reads.
         pred_dir: keeps the synthetic CTs and their SD; a temporary folder when None.
         num_samples: that will be drawn in use.
         settings: others of configs/inference.yaml, as in use.
@@ -58,8 +58,8 @@ def calibrate(
         "patients": [pair["patient"] for pair in pairs],
         "coverage": dict(zip(("50", "80", "95"), covered)),
     }
-    write_json(record, output)
-    print(f"SD x {scale:.3g} covers {covered[0]:.1%}, {covered[1]:.1%}, {covered[2]:.1%} (50, 80, 95 %): {output}")
+    write_json(record, path)
+    print(f"SD x {scale:.3g} covers {covered[0]:.1%}, {covered[1]:.1%}, {covered[2]:.1%} (50, 80, 95 %): {path}")
 
 
 def _error_and_sd(pair: dict[str, str], sct: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -74,7 +74,7 @@ def guard(
     dataset_dir: str,
     datalist: str | None = None,
     split: str = "training",
-    output: str = str(ROOT / "models" / "guard.json"),
+    path: str = str(ROOT / "models" / "guard.json"),
     **settings: Any,
 ) -> None:
     """Measure the MRs of the training split and store what is usual, for the check before each synthesis."""
@@ -85,10 +85,10 @@ def guard(
         _raise_failure(batch) for batch in tqdm(parser.get_parsed_content("dataloader"), desc="measuring", unit="MR")
     ]
     statistics = fit(batches, parser.get_parsed_content("network"))
-    write_json({**statistics, "split": split, "model_sha256": sha256(parser.get_parsed_content("checkpoint"))}, output)
+    write_json({**statistics, "split": split, "model_sha256": sha256(parser.get_parsed_content("checkpoint"))}, path)
     for name, known in statistics["measures"].items():
         print(f"{name:<42}{known['low']:>10.4g} to {known['high']:.4g}")
-    print(f"written to {output}")
+    print(f"written to {path}")
 
 
 def _raise_failure(batch: dict[str, Any]) -> dict[str, Any]:

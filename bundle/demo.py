@@ -47,9 +47,9 @@ def fetch_mr(folder: Path) -> Path:
     return target
 
 
-def demo(mr: str | None = None, output: str = "demo", **settings: Any) -> None:
+def demo(mr: str | None = None, output_dir: str = "demo", **settings: Any) -> None:
     """Synthesise the CT of ``mr``, by default of a real torso MR that is fetched once."""
-    folder = Path(output)
+    folder = Path(output_dir)
     if mr is None:
         try:
             mr = str(fetch_mr(folder))
@@ -59,4 +59,4 @@ def demo(mr: str | None = None, output: str = "demo", **settings: Any) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             mr = str(folder / "phantom_mr.nii.gz")
             nib.save(nib.Nifti1Image(volume, affine), mr)
-    synthesize(mr, output, **settings)
+    synthesize(mr, output_dir, **settings)

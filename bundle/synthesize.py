@@ -16,19 +16,19 @@ from custom_modules.errors import InputError
 from custom_modules.memory import peak_memory_gib
 
 
-def synthesize(mr: str, output: str = "eval", **settings: Any) -> None:
-    """Synthesise the CT of an MR and write a PNG of both beside it.
+def synthesize(mr: str, output_dir: str = "eval", **settings: Any) -> None:
+    """Synthesise the CT of an MR, or of each MR in a folder, and write a picture of both.
 
     Args:
-        mr: a volume, a folder of volumes, or a folder with a DICOM series.
-        output: a folder, or for a single MR the file to write.
+        mr: a volume, a folder of volumes and DICOM series, a list of paths, or a datalist.
+        output_dir: a folder, or for a single MR the file to write.
         settings: of configs/inference.yaml, such as --num_inference_steps, --seed, --sampling or --device.
     """
-    volumes = find_volumes(str(mr))
-    folder = Path(str(output))
-    if str(output).lower().endswith(EXTENSIONS):
+    volumes = find_volumes(str(mr), series=settings.get("series"), pattern=settings.get("pattern"))
+    folder = Path(str(output_dir))
+    if str(output_dir).lower().endswith(EXTENSIONS):
         if len(volumes) > 1:
-            raise InputError(f"{mr}: holds {len(volumes)} volumes; --output must then be a folder")
+            raise InputError(f"{mr}: holds {len(volumes)} volumes; --output_dir must then be a folder")
         volumes[0]["output"], folder = folder.name, folder.parent
     started = time.perf_counter()
     workflow = inference_workflow(output_dir=str(folder), **{"dataset#data": volumes}, **settings)

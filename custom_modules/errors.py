@@ -1,7 +1,11 @@
-"""Errors for people: one line that names the file, what is wrong and what to do."""
+"""Errors for people: one line that names the file or setting, what is wrong and what to do."""
 
 from __future__ import annotations
 
+import signal
+import sys
+import threading
+from types import FrameType
 from typing import NoReturn
 
 
@@ -20,3 +24,17 @@ def one_line(error: BaseException, name: str) -> str:
 def stop(message: str) -> NoReturn:
     """End the program with ``message`` on stderr and a non-zero exit, without a traceback."""
     raise SystemExit(f"error: {message}")
+
+
+def end_in_one_line_on_signals() -> None:
+    """From now on Ctrl-C and SIGTERM end the program with one line and the exit status 130 or 143, after files that are
+    being written are finished or removed. Only the main thread can set this up; elsewhere it does nothing."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # once is enough: a second one would interrupt the cleaning up
+    print(f"\nerror: stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+    raise SystemExit(128 + number)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from custom_modules import BUNDLE_ROOT
-from custom_modules.errors import InputError, stop
+from custom_modules.errors import InputError, end_in_one_line_on_signals, stop
 
 if TYPE_CHECKING:
     from monai.bundle import ConfigParser
@@ -279,6 +279,8 @@ def check() -> None:
     :data:`SETTINGS`, unknown names, and settings on the command line that this config does not use. Values are converted to
     their type, so that ``--strict false`` is false. Ends the program with one line for what is not allowed."""
     parser = current_parser()
+    if is_monai_bundle(sys.argv):
+        end_in_one_line_on_signals()
     try:
         check_settings(parser, given_on_command_line(sys.argv))
     except InputError as error:
@@ -337,9 +339,14 @@ def known_ids() -> set[str]:
     return found
 
 
+def is_monai_bundle(arguments: Sequence[str]) -> bool:
+    """Whether the program is ``python -m monai.bundle``."""
+    return Path(arguments[0]).as_posix().endswith("monai/bundle/__main__.py")
+
+
 def given_on_command_line(arguments: Sequence[str]) -> list[str]:
     """Names of the settings in a command line of ``python -m monai.bundle run``; none for other programs."""
-    if not Path(arguments[0]).as_posix().endswith("monai/bundle/__main__.py"):
+    if not is_monai_bundle(arguments):
         return []
     names = [argument[2:].split("=")[0] for argument in arguments[1:] if argument.startswith("--")]
     return [re.split("#|::", name)[0] for name in names if name not in MONAI_ARGUMENTS]

@@ -52,8 +52,8 @@ def test_demo_falls_back_to_the_phantom_when_the_index_cannot_be_reached(tmp_pat
 
     called = []
     monkeypatch.setattr(demo_module.subprocess, "run", refuse)
-    monkeypatch.setattr(demo_module, "synthesize", lambda mr, output, **settings: called.append(mr))
-    demo_module.demo(output=str(tmp_path))
+    monkeypatch.setattr(demo_module, "synthesize", lambda mr, output_dir, **settings: called.append(mr))
+    demo_module.demo(output_dir=str(tmp_path))
     assert "no route to the index" in capsys.readouterr().out
     assert called == [str(tmp_path / "phantom_mr.nii.gz")]
     assert nib.load(called[0]).shape == torso_phantom()[0].shape

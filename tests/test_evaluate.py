@@ -374,7 +374,7 @@ def test_the_command_takes_finished_predictions_from_another_working_directory(c
 def test_calibrate_fits_the_scale_that_is_then_used(cohort, checkpoint):
     own = {"checkpoint": str(checkpoint), "device": "$torch.device('cpu')", **TINY}
     target, folder = cohort / "calibration.json", cohort / "samples"
-    calibrate(str(cohort), split="test", output=str(target), pred_dir=str(folder), num_samples=3, **own)
+    calibrate(str(cohort), split="test", path=str(target), pred_dir=str(folder), num_samples=3, **own)
     stored = json.loads(target.read_text())
     assert stored["patients"] == ["p1", "p2"] and stored["model_sha256"] == sha256(checkpoint)
     assert stored["settings"] == {"num_inference_steps": 1, "num_samples": 3, "output": "mean"}
@@ -394,7 +394,7 @@ def test_calibrate_fits_the_scale_that_is_then_used(cohort, checkpoint):
 @pytest.mark.integration
 def test_guard_measures_the_training_split_and_then_takes_it_for_usual(cohort, checkpoint):
     own = {"checkpoint": str(checkpoint), "device": "$torch.device('cpu')", **TINY}
-    guard(str(cohort), split="test", output=str(cohort / "guard.json"), **own)
+    guard(str(cohort), split="test", path=str(cohort / "guard.json"), **own)
     stored = json.loads((cohort / "guard.json").read_text())
     assert stored["patients"] == 2 and stored["model_sha256"] == sha256(checkpoint)
     assert stored["measures"]["coarsest spacing"]["low"] == pytest.approx(SPACING)
