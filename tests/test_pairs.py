@@ -38,7 +38,7 @@ def pairs_of(folder: Path) -> dict:
 
 
 def check(folder: Path, **kwargs) -> str:
-    return check_pairs_or_stop(pairs_of(folder), **{"batch_size": 2, **kwargs})
+    return check_pairs_or_stop(pairs_of(folder), **kwargs)
 
 
 def refusal(folder: Path, **kwargs) -> str:
@@ -154,7 +154,7 @@ def test_a_patient_in_two_splits_is_refused_by_path_content_or_name(folder):
 
 
 def test_too_few_patients_and_empty_splits_are_refused(folder):
-    assert "a batch needs 4 different patients, the training split has 2" in refusal(folder, batch_size=4)
+    assert "at least 4 different patients, the training split has 2" in refusal(folder, least_patients=4)
     entries = json.loads((folder / "datalist.json").read_text())
     (folder / "datalist.json").write_text(json.dumps({**entries, "validation": []}))
     assert "split 'validation' is empty" in refusal(folder)
@@ -213,9 +213,11 @@ def test_two_ranks_draw_what_one_process_accumulates(count):
         assert all(not set(a) & set(b) for a, b in zip(steps[::2], steps[1::2]))
 
 
-def test_fewer_patients_than_a_batch_needs_are_refused():
-    with pytest.raises(ValueError, match="2 different patients, the datalist has 1"):
-        next(iter(DistinctPatientSampler(SimpleNamespace(sizes=[5]), batch_size=2, batches=1)))
+def test_a_batch_holds_all_patients_where_there_are_fewer_than_it_asks_for(caplog):
+    sampler = DistinctPatientSampler(SimpleNamespace(sizes=[5, 5, 9]), batch_size=8, batches=4)
+    assert all(sorted(index for index, _ in batch) == [0, 1, 2] for batch in sampler)
+    assert [record.message for record in caplog.records] == ["batches of 3 patients instead of 8: there are no more"]
+
 
 
 def test_an_item_is_a_function_of_its_key():

@@ -96,7 +96,7 @@ def test_the_command_writes_pairs_that_training_takes(tmp_path, capsys):
     assert files_in(tmp_path) == sorted([*volumes, "datalist.json"])
     pairs = load_pairs(tmp_path / "datalist.json", tmp_path, ["training", "validation", "test"])
     assert {split: len(entries) for split, entries in pairs.items()} == {"training": 3, "validation": 1, "test": 1}
-    check_pairs_or_stop(pairs, batch_size=2)
+    check_pairs_or_stop(pairs)
     data = Preprocess([4.0] * 3, label=True)({key: pairs["training"][0][key] for key in ("image", "label")})
     assert data["image"].shape == data["label"].shape
     body = read_volume(tmp_path / "phantom_000" / "body.nii.gz")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from custom_modules.training.handlers import (
     ProgressBar,
     StepSeed,
     StopOnNonFinite,
+    ValidateAtEnd,
     handlers_of_rank,
 )
 from custom_modules.training.record import RunRecord, write_record
@@ -331,3 +333,16 @@ def test_a_run_leaves_its_record_scalars_and_a_montage(trained):
     terms = {"reconstruction_mr", "reconstruction_ct", "kl", "disentanglement", "adversarial", "discriminator"}
     cosines = {f"cosine_{half}_{kind}" for half in ("structure", "modality") for kind in ("pair", "unpaired")}
     assert terms | cosines <= set(stage1.Tags()["scalars"])
+
+
+@pytest.mark.parametrize(("epochs", "interval", "expected"), [(3, 2, [2, 3]), (4, 2, [2, 4]), (2, 100, [2])])
+def test_a_training_validates_at_its_end_whatever_the_interval(epochs, interval, expected):
+    seen = []
+    validator = Engine(lambda *_: None)
+    validator.add_event_handler(Events.COMPLETED, lambda _: seen.append(trainer.state.epoch))
+    validator_of = SimpleNamespace(run=lambda epoch: validator.run([0]), add_event_handler=validator.add_event_handler)
+    trainer = Engine(lambda *_: None)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED(every=interval), lambda _: validator.run([0]))
+    ValidateAtEnd(validator_of).attach(trainer)
+    trainer.run([0, 1], max_epochs=epochs)
+    assert seen == expected

@@ -67,21 +67,21 @@ def load_pairs_or_stop(*args: Any, **kwargs: Any) -> dict[str, list[Pair]]:
 class DataCheck:
     """:func:`check_pairs_or_stop` for configs: :meth:`run` it before training; then ``fingerprint`` identifies the data."""
 
-    def __init__(self, pairs: Mapping[str, Sequence[Pair]], batch_size: int, check_data: bool = True) -> None:
-        self.pairs, self.batch_size, self.check_data, self.fingerprint = pairs, batch_size, check_data, ""
+    def __init__(self, pairs: Mapping[str, Sequence[Pair]], least_patients: int = 2, check_data: bool = True) -> None:
+        self.pairs, self.least_patients, self.check_data, self.fingerprint = pairs, least_patients, check_data, ""
 
     def run(self) -> None:
-        self.fingerprint = check_pairs_or_stop(self.pairs, self.batch_size, self.check_data)
+        self.fingerprint = check_pairs_or_stop(self.pairs, self.least_patients, self.check_data)
 
 
-def check_pairs_or_stop(pairs: Mapping[str, Sequence[Pair]], batch_size: int, check_data: bool = True) -> str:
+def check_pairs_or_stop(pairs: Mapping[str, Sequence[Pair]], least_patients: int = 2, check_data: bool = True) -> str:
     """End the program with a list of what is wrong with ``pairs``, by file, before any training.
 
     Every volume is read once: each must be readable, MR and CT of a pair on one grid, the CT in HU, the MR not a CT;
-    no patient (by name in the datalist, file or content) may be in two splits, and the training split must fill a batch.
+    no patient (by name in the datalist, file or content) may be in two splits.
 
     Args:
-        batch_size: different patients that a batch needs.
+        least_patients: that the training split must have; the disentanglement loss compares two.
         check_data: False looks at the datalist only, for large cohorts that have been checked before.
 
     Returns:
@@ -90,8 +90,8 @@ def check_pairs_or_stop(pairs: Mapping[str, Sequence[Pair]], batch_size: int, ch
     items = [(split, pair) for split, entries in pairs.items() for pair in entries]
     problems = [f"split '{split}' is empty" for split, entries in pairs.items() if not entries]
     patients = len({pair["image"] for pair in pairs["training"]})
-    if pairs["training"] and patients < batch_size:
-        problems.append(f"a batch needs {batch_size} different patients, the training split has {patients}")
+    if pairs["training"] and patients < least_patients:
+        problems.append(f"training needs at least {least_patients} different patients, the training split has {patients}")
     digests: list[str] = [""] * len(items)
     if check_data:
         with ThreadPoolExecutor(4) as pool:
@@ -102,7 +102,7 @@ def check_pairs_or_stop(pairs: Mapping[str, Sequence[Pair]], batch_size: int, ch
     problems += _shared_patients(items, digests)
     if problems:
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-        stop("the data cannot be trained on:\n" + "\n".join(f"  {p}" for p in problems[:20]) + more)
+        stop("the training data has problems:\n" + "\n".join(f"  {p}" for p in problems[:20]) + more)
     names = [digest or pair["image"] + pair["label"] for digest, (_, pair) in zip(digests, items)]
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
 

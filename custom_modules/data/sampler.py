@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,9 @@ import numpy as np
 import torch
 from monai.transforms import Randomizable
 from torch.utils.data import Dataset, Sampler
+
+
+logger = logging.getLogger(__name__)
 
 
 def seed_of(*numbers: int) -> int:
@@ -58,8 +62,7 @@ class DistinctPatientSampler(Sampler[list[tuple[int, int]]]):
         accumulation: batches of a rank that make up one optimiser step.
         rank, world_size: of this process.
 
-    Raises:
-        ValueError: when there are fewer patients than a batch needs.
+    Where there are fewer patients than a batch asks for, batches hold all of them, and the log says so.
     """
 
     def __init__(
@@ -81,7 +84,8 @@ class DistinctPatientSampler(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         weights = torch.tensor(self.dataset.sizes, dtype=torch.float64).sqrt()
         if len(weights) < self.batch_size:
-            raise ValueError(f"a batch needs {self.batch_size} different patients, the datalist has {len(weights)}")
+            logger.warning("batches of %d patients instead of %d: there are no more", len(weights), self.batch_size)
+            self.batch_size = len(weights)
         first, self.start = self.start, (self.start // self.batches + 1) * self.batches
         for iteration in range(first, self.start):
             yield self._batch(iteration * self.world_size + self.rank, weights)

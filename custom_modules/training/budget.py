@@ -77,7 +77,8 @@ class TimeBudget:
             engine.terminate()
 
     def _validate(self, engine: Engine) -> None:
-        self.validator.run(engine.state.epoch)
+        if getattr(engine.state, "validated_iteration", None) != engine.state.iteration:
+            self.validator.run(engine.state.epoch)
         value = float(self.validator.state.metrics[self.metric])
         self.stale = 0 if value < self.best else self.stale + 1
         self.best = min(self.best, value)

@@ -99,6 +99,29 @@ class StopOnNonFinite:
             )
 
 
+class ValidateAtEnd:
+    """Handler that validates when a training ends and its last iteration has not been validated, so that no run ends
+    without weights, whatever the interval of the validations.
+
+    Args:
+        validator: evaluator with ``run(epoch)``.
+    """
+
+    def __init__(self, validator: Engine) -> None:
+        self.validator = validator
+
+    def attach(self, engine: Engine) -> None:
+        def validated(_: Engine) -> None:
+            engine.state.validated_iteration = engine.state.iteration
+
+        self.validator.add_event_handler(Events.COMPLETED, validated)
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if getattr(engine.state, "validated_iteration", None) != engine.state.iteration:
+            self.validator.run(engine.state.epoch)
+
+
 class ProgressBar:
     """Handler that shows the whole run's iterations, the loss and the time left."""
 
