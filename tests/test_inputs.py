@@ -187,6 +187,14 @@ def test_a_series_goes_on_beside_a_pipe_and_a_link_to_nothing(tmp_path):
     assert read_volume(folder).shape == (1, 7, 9, 8)
 
 
+def test_a_slice_that_cannot_be_opened_is_not_left_out_of_its_series(tmp_path):
+    folder = write(tmp_path / "t1")
+    broken_link(folder / "IM9.dcm")
+    with pytest.raises(InputError, match="IM9.dcm: seems to be a slice"):
+        read_volume(folder)
+    assert len(find_volumes(tmp_path)) == 2
+
+
 # choosing
 
 
