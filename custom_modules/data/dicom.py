@@ -132,9 +132,11 @@ def find_series(source: str | Path | Iterable[Path]) -> list[DicomSeries]:
     named in ``damaged`` of each series in their folder, and where there is none, of a series without files.
     """
     files = sorted(Path(source).iterdir()) if isinstance(source, (str, Path)) else sorted(source)
-    files = [path for path in files if not (path.is_dir() or path.name.startswith(".") or path.name.upper() == "DICOMDIR")]
-    closed = [path for path in files if not (path.is_file() and os.access(path, os.R_OK))]
-    files = [path for path in files if path not in set(closed)]
+    files = [
+        path for path in files if not (path.is_dir() or path.name.startswith(".") or path.name.upper() == "DICOMDIR")
+    ]
+    closed = {path for path in files if not (path.is_file() and os.access(path, os.R_OK))}
+    files = [path for path in files if path not in closed]
     dicom, damaged = [path for path in files if is_dicom(path)], defaultdict(list)
     groups: dict[str, list[tuple[Path, Dataset]]] = defaultdict(list)
     for path in dicom:
@@ -149,7 +151,9 @@ def find_series(source: str | Path | Iterable[Path]) -> list[DicomSeries]:
             damaged[path.parent].append(f"{path}: {DAMAGED}")
     for path in closed:
         if path.suffix.lower() in SUFFIXES:
-            damaged[path.parent].append(f"{path}: seems to be a slice of a DICOM series and cannot be opened; replace it")
+            damaged[path.parent].append(
+                f"{path}: seems to be a slice of a DICOM series and cannot be opened; replace it"
+            )
     uids: dict[Path, set[str]] = defaultdict(set)
     for uid, members in groups.items():
         for path, _ in members:
