@@ -263,9 +263,8 @@ def ct() -> np.ndarray:
 def test_hounsfield_units_are_no_mr_unless_allowed(tmp_path):
     path = save(tmp_path / "ct.nii.gz", ct())
     with pytest.raises(InputError, match="ct.nii.gz: goes from -1000 to 900 as a CT in HU does.*--allow_ct"):
-        ReadVolumed("image", allow_ct="false")({"image": str(path)})
-    for allowed in (True, "true"):
-        ReadVolumed("image", allow_ct=allowed)({"image": str(path)})
+        ReadVolumed("image", allow_ct=False)({"image": str(path)})
+    ReadVolumed("image", allow_ct=True)({"image": str(path)})
     dataset = VolumeDataset([{"image": str(path)}], Preprocess([2.0] * 3, allow_ct=False))
     assert "--allow_ct true" in dataset[0]["failure"]
 
