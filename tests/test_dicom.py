@@ -414,6 +414,15 @@ def test_files_without_the_preamble_are_dicom(tmp_path, implicit):
     is_whole(folder)
 
 
+@pytest.mark.parametrize("suffix", ["", ".img", ".IMA", ".0001", ".nii.dcm"])
+def test_dicom_is_known_by_its_content_whatever_its_name(tmp_path, suffix):
+    folder = write(tmp_path / "t1")
+    for path in list(folder.iterdir()):
+        path.rename(folder / f"{path.stem}{suffix}")
+    assert [item["image"] for item in find_volumes(tmp_path)] == [str(folder)]
+    is_whole(folder)
+
+
 def test_several_series_of_a_folder_are_listed_by_number_and_description_and_one_can_be_chosen(tmp_path):
     uids = [generate_uid() for _ in range(3)]
     for n, name in enumerate(("T1 vibe", "T2/tse", "scout")):

@@ -187,6 +187,14 @@ def test_a_series_goes_on_beside_a_pipe_and_a_link_to_nothing(tmp_path):
     assert read_volume(folder).shape == (1, 7, 9, 8)
 
 
+def test_a_slice_that_cannot_be_opened_is_not_left_out_of_its_series(tmp_path):
+    folder = write(tmp_path / "t1")
+    broken_link(folder / "IM9.dcm")
+    with pytest.raises(InputError, match="IM9.dcm: seems to be a slice"):
+        read_volume(folder)
+    assert len(find_volumes(tmp_path)) == 2
+
+
 # choosing
 
 
@@ -255,9 +263,8 @@ def ct() -> np.ndarray:
 def test_hounsfield_units_are_no_mr_unless_allowed(tmp_path):
     path = save(tmp_path / "ct.nii.gz", ct())
     with pytest.raises(InputError, match="ct.nii.gz: goes from -1000 to 900 as a CT in HU does.*--allow_ct"):
-        ReadVolumed("image", allow_ct="false")({"image": str(path)})
-    for allowed in (True, "true"):
-        ReadVolumed("image", allow_ct=allowed)({"image": str(path)})
+        ReadVolumed("image", allow_ct=False)({"image": str(path)})
+    ReadVolumed("image", allow_ct=True)({"image": str(path)})
     dataset = VolumeDataset([{"image": str(path)}], Preprocess([2.0] * 3, allow_ct=False))
     assert "--allow_ct true" in dataset[0]["failure"]
 

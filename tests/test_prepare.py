@@ -173,6 +173,20 @@ def test_of_several_series_the_largest_is_taken_and_the_choice_is_written_down(t
     assert any("mr.nii.gz is the largest" in note and "scout.nii.gz" in note for note in notes)
 
 
+@pytest.mark.parametrize("name", ["ct.mha", "ct.nrrd", "ct.nii.gz"])
+def test_a_damaged_ct_is_no_training_pair(tmp_path, person, name):
+    """What is missing would be 0 HU."""
+    folder = save_patient(tmp_path / "p", person, ct=name if ".nii" in name else "other.nii.gz")
+    if ".nii" not in name:
+        (folder / "other.nii.gz").unlink()
+        image = metatensor_to_itk_image(person[1], dtype=np.float32)
+        itk.imwrite(image, str(folder / name), compression=True)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: int(0.6 * len(content))])
+    with pytest.raises(InputError, match=f"{name}: is damaged or cut off"):
+        load_patient(patient(folder))
+
+
 def test_a_label_map_is_neither_mr_nor_ct(tmp_path, person):
     folder = save_patient(tmp_path / "p", person)
     save(folder / "organs.nii.gz", np.asarray(person[2][0]).astype(np.uint8), np.asarray(person[2].affine))

@@ -61,6 +61,7 @@ NO_IMAGES = (
     "FID",
 )  # modalities made from images
 SUFFIXES = (".dcm", ".ima", ".dicom")
+DENSEST = 2000  # voxels a byte, of a slice of air
 HEAD = 132  # bytes of the preamble and the magic word after it (PS3.10)
 DAMAGED = "is a DICOM file that cannot be read, damaged or cut off; replace or remove it"
 
@@ -131,8 +132,11 @@ def find_series(source: str | Path | Iterable[Path]) -> list[DicomSeries]:
     named in ``damaged`` of each series in their folder, and where there is none, of a series without files.
     """
     files = sorted(Path(source).iterdir()) if isinstance(source, (str, Path)) else sorted(source)
-    files = [path for path in files if path.is_file() and not path.name.startswith(".")]
-    files = [path for path in files if path.name.upper() != "DICOMDIR" and os.access(path, os.R_OK)]
+    files = [
+        path for path in files if not (path.is_dir() or path.name.startswith(".") or path.name.upper() == "DICOMDIR")
+    ]
+    closed = {path for path in files if not (path.is_file() and os.access(path, os.R_OK))}
+    files = [path for path in files if path not in closed]
     dicom, damaged = [path for path in files if is_dicom(path)], defaultdict(list)
     groups: dict[str, list[tuple[Path, Dataset]]] = defaultdict(list)
     for path in dicom:
@@ -145,6 +149,11 @@ def find_series(source: str | Path | Iterable[Path]) -> list[DicomSeries]:
     for path in set(files) - set(dicom):
         if _is_remnant(path, dicom):
             damaged[path.parent].append(f"{path}: {DAMAGED}")
+    for path in closed:
+        if path.suffix.lower() in SUFFIXES:
+            damaged[path.parent].append(
+                f"{path}: seems to be a slice of a DICOM series and cannot be opened; replace it"
+            )
     uids: dict[Path, set[str]] = defaultdict(set)
     for uid, members in groups.items():
         for path, _ in members:
@@ -331,10 +340,8 @@ def read_series(series: DicomSeries, name: str | None = None) -> tuple[np.ndarra
         InputError: see :func:`read_slices`, and for pixels that are cut off or cannot be decoded.
     """
     slices = read_slices(series, name or series.address)
+    _check_size(slices, name or series.address)
     rows, columns = slices[0].size
-    expected = sum(path.stat().st_size for path in {item.path for item in slices}) * 2000  # of the densest compression
-    if rows * columns * len(slices) > expected:
-        raise InputError(f"{name or series.address}: {rows} x {columns} x {len(slices)} voxels are not in its files")
     volume = np.empty((len(slices), rows, columns), dtype=np.float32)
     for path, places in by_file(slices):
         frames = read_frames(path)
@@ -346,9 +353,18 @@ def read_series(series: DicomSeries, name: str | None = None) -> tuple[np.ndarra
     return volume.transpose(2, 1, 0), slice_affine(slices)
 
 
+def _check_size(slices: Sequence[Slice], name: str) -> None:
+    """Raise InputError for more voxels than the files can hold, however well they are compressed."""
+    rows, columns = slices[0].size
+    held = sum(path.stat().st_size for path in {item.path for item in slices})
+    if rows * columns * len(slices) > DENSEST * held:
+        raise InputError(f"{name}: {rows} x {columns} x {len(slices)} voxels cannot be in its {held} bytes; replace it")
+
+
 def series_grid(series: DicomSeries) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
-    """Shape (columns, rows, slices) and spacing (mm) by the headers of the first and last slices alone."""
+    """Shape (columns, rows, slices) and spacing (mm) by the headers alone."""
     slices = [item for path in series.paths for item in slices_of(path, _header(path, PLACE))]
+    _check_size(slices, series.address)
     normal = np.cross(*slices[0].orientation)
     along = np.unique(np.round([item.position @ normal for item in slices], 3))
     gap = (along[-1] - along[0]) / max(len(along) - 1, 1)

@@ -99,7 +99,8 @@ def _in_folder(root: Path) -> Found:
             path = folder / name
             readable = path.is_file() and os.access(path, os.R_OK)
             if readable and _extension(name) is None:
-                (others if name.lower().endswith(OTHER_FORMATS) else rest).append(path)
+                foreign = name.lower().endswith(OTHER_FORMATS) and not is_dicom(path)  # DICOM may be called .img
+                (others if foreign else rest).append(path)
             elif not readable or not is_own_output(path):
                 found[str(path)] = (relative / _stem(name), None)
         series += find_series(rest)
