@@ -19,7 +19,7 @@ from typing import Any
 
 from custom_modules import BUNDLE_ROOT, bundle_version
 from custom_modules.errors import InputError, end_in_one_line_on_signals
-from custom_modules.settings import SETTINGS, number, parse_bool
+from custom_modules.settings import FALSE, SETTINGS, number, parse_bool
 
 # command: its module, and the config whose settings it takes as well
 COMMANDS = {
@@ -70,13 +70,26 @@ def run(name: str, arguments: list[str]) -> None:
     """Import the command ``name`` and run it."""
     import fire
 
+    from custom_modules import messages
+
     end_in_one_line_on_signals()
     check_flags(name, arguments)
+    quiet, verbose = (_given(arguments, flag) for flag in ("--quiet", "--verbose"))
+    messages.set_up(quiet, verbose)
     function = getattr(importlib.import_module(COMMANDS[name][0]), name)
     try:
         fire.Fire(typed(function), command=arguments, name=f"wldm {name}")
     except InputError as error:
         _exit(str(error), 1)
+
+
+def _given(arguments: list[str], flag: str) -> bool:
+    """Whether ``flag`` is on in a command line: ``--quiet``, ``--quiet true``, ``--quiet=yes``."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, _, value = argument.partition("=")
+        if name == flag:
+            return (value or following).lower() not in FALSE
+    return False
 
 
 def check_flags(name: str, arguments: list[str]) -> None:

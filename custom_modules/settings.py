@@ -175,6 +175,8 @@ SETTINGS: dict[str, Setting] = {
     "seed": _on("int", "of the noise and, in training, of everything random", low=0, high=2**32 - 1),
     # inference
     "resume": Setting("bool", "keep finished volumes; in training, continue from the newest checkpoint"),
+    "quiet": Setting("bool", "print warnings and errors only"),
+    "verbose": Setting("bool", "print the lines of MONAI and Ignite, and a bar for the tiles of each volume"),
     "strict": Setting("bool", "refuse an MR that is unlike the training MRs instead of warning"),
     "guard_statistics": Setting("str", "statistics of the training MRs; null: inputs are not compared", nullable=True),
     "calibration": Setting("str", "factor from SD to error; null: SD as it is", nullable=True),
@@ -285,7 +287,16 @@ def check() -> None:
         check_settings(parser, given_on_command_line(sys.argv))
     except InputError as error:
         stop(str(error))
+    if is_monai_bundle(sys.argv):
+        set_up_messages(parser)
     parser.parse(True)
+
+
+def set_up_messages(parser: ConfigParser) -> None:
+    """Logging of the program by the settings ``quiet`` and ``verbose``."""
+    from custom_modules import messages
+
+    messages.set_up(parser.get("quiet", False), parser.get("verbose", False))
 
 
 def check_settings(parser: ConfigParser, given: Sequence[str] = ()) -> None:

@@ -11,7 +11,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from bundle.__main__ import COMMANDS, check_flags, command_help, overview, source, typed
+from bundle.__main__ import COMMANDS, _given, check_flags, command_help, overview, source, typed
 from custom_modules import bundle_version
 from custom_modules.errors import InputError
 
@@ -103,3 +103,14 @@ def test_a_signal_ends_in_one_line_and_leaves_no_half_written_file(number, statu
 
 def test_the_version_is_that_of_the_metadata():
     assert wldm("--version").stdout == f"wldm {bundle_version()}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag", "on"),
+    [
+        (["a", "--quiet"], "--quiet", True), (["--quiet", "false"], "--quiet", False), (["--quiet=yes"], "--quiet", True),
+        (["--quiet=0"], "--quiet", False), (["--quiet", "true"], "--verbose", False), (["--quiet", "--seed", "0"], "--quiet", True),
+    ],
+)  # fmt: skip
+def test_quiet_and_verbose_are_read_before_the_command_is_imported(arguments, flag, on):
+    assert _given(arguments, flag) is on

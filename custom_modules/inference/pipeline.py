@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch.distributed
 from ignite.engine import Events
 from monai.data import Dataset, list_data_collate
 from monai.engines import SupervisedEvaluator
+from tqdm import tqdm
 
 from custom_modules.errors import one_line, stop
 
@@ -62,6 +64,7 @@ class SynthesisEvaluator(SupervisedEvaluator):
         postprocessing: from the network's answer to the files.
         guard: looks at each batch before synthesis (:class:`~custom_modules.inference.guard.Guard`).
         sidecar: writes the record of each synthesis (:class:`~custom_modules.inference.sidecar.Sidecar`), after its files.
+        progress: show a bar over the volumes with their names; for a single one, the inferer's bar over its tiles.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class SynthesisEvaluator(SupervisedEvaluator):
         postprocessing: Callable | None = None,
         guard: Callable | None = None,
         sidecar: Callable | None = None,
+        progress: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -78,8 +82,18 @@ class SynthesisEvaluator(SupervisedEvaluator):
         self.started = time.perf_counter()
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="writing")
         self.pending: Future | None = None
+        self.progress = progress
+        self.add_event_handler(Events.STARTED, self._open_bar)
         self.add_event_handler(Events.GET_BATCH_STARTED, self._start_clock)
+        self.add_event_handler(Events.ITERATION_COMPLETED, lambda: self.bar.update())
         self.add_event_handler(Events.COMPLETED, self._wait)
+        self.add_event_handler(Events.COMPLETED, lambda: self.bar.close())
+
+    def _open_bar(self) -> None:
+        total = self.state.epoch_length
+        if total == 1 and self.progress and hasattr(self.inferer, "progress"):
+            self.inferer.progress = True
+        self.bar = tqdm(total=total, desc="synthesis", unit="volume", disable=not self.progress or total == 1)
 
     def _start_clock(self) -> None:
         self.started = time.perf_counter()
@@ -89,6 +103,7 @@ class SynthesisEvaluator(SupervisedEvaluator):
             return self._fail(batchdata["failure"])
         name = batchdata["image"].meta["filename_or_obj"]
         name = name if isinstance(name, str) else name[0]
+        self.bar.set_postfix_str(Path(name).name)
         try:
             findings = self.guard(batchdata, engine.network) if self.guard else None
             answer = super()._iteration(engine, batchdata)

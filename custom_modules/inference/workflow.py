@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,18 @@ from custom_modules import BUNDLE_ROOT
 from custom_modules.errors import InputError
 from custom_modules.settings import check_settings
 
+# MONAI warns that it leaves logging alone, which is what was asked for
+logging.getLogger("monai.bundle.workflows").addFilter(lambda record: "skipping logging" not in str(record.msg))
+
 
 def inference_workflow(
-    config: str | Path | Sequence[str | Path] = (), logging_file: str | bool | None = None, **settings: Any
+    config: str | Path | Sequence[str | Path] = (), logging_file: str | bool | None = False, **settings: Any
 ) -> ConfigWorkflow:
     """``configs/inference.yaml`` with ``settings`` in place of its own, initialised and ready to ``run()``.
 
     Args:
         config: overlays, such as ``configs/baselines/unet.yaml``, for the network of another config.
-        logging_file: False leaves the program's logging as it is; the bundle's logging.conf when None.
+        logging_file: a logging configuration; False leaves the program's logging as it is.
         settings: of the config by id, such as ``seed`` or ``dataset#data``.
 
     Raises:

@@ -125,6 +125,9 @@ class ValidateAtEnd:
 class ProgressBar:
     """Handler that shows the whole run's iterations, the loss and the time left."""
 
+    def __init__(self, disable: bool = False) -> None:
+        self.disable = disable
+
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self._open)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._update)
@@ -132,7 +135,7 @@ class ProgressBar:
 
     def _open(self, engine: Engine) -> None:
         total = engine.state.epoch_length * engine.state.max_epochs
-        self.bar = tqdm(total=total, initial=engine.state.iteration, desc="training", unit="step", mininterval=1.0)
+        self.bar = tqdm(total=total, initial=engine.state.iteration, desc="training", unit="step", mininterval=1.0, disable=self.disable)
 
     def _update(self, engine: Engine) -> None:
         self.bar.set_postfix(loss=f"{engine.state.output['loss'].item():.4g}", refresh=False)
