@@ -164,7 +164,7 @@ LONG_MODULES = (
 INTEGRATION_MODULES = {
     "test_chain", "test_export", "test_inference", "test_label_app", "test_package", "test_report", "test_slicer",
 }  # fmt: skip
-INTEGRATION_FIXTURES = {"infer", "infer_command", "trained", "phantoms", "tiny", "inbox", "quick_maps"}
+INTEGRATION_FIXTURES = {"infer", "infer_command", "trained", "phantoms", "tiny", "inbox", "quick_maps", "real_data"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
