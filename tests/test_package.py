@@ -49,8 +49,7 @@ def repository(tmp_path: Path) -> Path:
     return repository
 
 
-def test_the_archive_of_the_bundle_passes_every_check_in_a_process_of_its_own(repository, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(package_module, "PHANTOM", {"shape": (20, 15, 8), "spacing": 8.0})  # a quarter of the voxels
+def test_the_archive_of_the_bundle_passes_every_check_in_a_process_of_its_own(repository, tmp_path, capsys):
     package(str(tmp_path / "dist"), root=str(repository))
     assert files_in(tmp_path / "dist") == [f"{NAME}.zip"]
     said = capsys.readouterr().out
