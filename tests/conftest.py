@@ -41,7 +41,8 @@ TINY = {
 TRAINING = {
     "roi_size": [32, 32, 32], "amp": False, "batch_size": 2, "steps_per_epoch": 3, "max_epochs": 1,
     "val_interval": 1, "log_interval": 1,
-    "latent_channels": 4, "autoencoder_channels": [8, 16], "autoencoder_blocks": [1, 1], "device": "$torch.device('cpu')",
+    "latent_channels": 4, "autoencoder_channels": [8, 16], "autoencoder_blocks": [1, 1],
+    "device": "$torch.device('cpu')",
 }  # fmt: skip
 TRAINING_DENOISER = {"denoiser_channels": [8, 16, 16], "denoiser#num_blocks": 1, "denoiser#attention_channels": 8}
 

@@ -484,6 +484,7 @@ def test_what_the_ct_does_not_cover_is_marked_and_air(person):
 
 
 @pytest.mark.parametrize("shift", [(2000.0, 0, 0), (0, 0, 392.0)])
+@pytest.mark.integration
 def test_no_overlap_is_refused(person, shift):
     mr, ct, body = person
     away = like(np.asarray(ct[0]), ct)
