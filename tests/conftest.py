@@ -36,12 +36,13 @@ TINY = {
     "network_def#autoencoder": {"_target_": "custom_modules.networks.autoencoder.WaveletAutoencoderKL", **AUTOENCODER},
     "network_def#denoiser": {"_target_": "custom_modules.networks.denoiser.LatentDenoiser", **DENOISER},
 }
-# a training that takes seconds; single precision, for at these sizes (2 voxels at the coarsest scale) the bfloat16 gradient of
-# oneDNN convolutions can be NaN on CPUs with AMX
+# a training that takes seconds; single precision, for at these sizes (2 voxels at the coarsest scale) the bfloat16
+# gradient of oneDNN convolutions can be NaN on CPUs with AMX
 TRAINING = {
-    "roi_size": [32, 32, 32], "amp": False, "batch_size": 2, "steps_per_epoch": 3, "max_epochs": 1, "val_interval": 1,
-    "log_interval": 1,
-    "latent_channels": 4, "autoencoder_channels": [8, 16], "autoencoder_blocks": [1, 1], "device": "$torch.device('cpu')",
+    "roi_size": [32, 32, 32], "amp": False, "batch_size": 2, "steps_per_epoch": 3, "max_epochs": 1,
+    "val_interval": 1, "log_interval": 1,
+    "latent_channels": 4, "autoencoder_channels": [8, 16], "autoencoder_blocks": [1, 1],
+    "device": "$torch.device('cpu')",
 }  # fmt: skip
 TRAINING_DENOISER = {"denoiser_channels": [8, 16, 16], "denoiser#num_blocks": 1, "denoiser#attention_channels": 8}
 
@@ -104,7 +105,7 @@ def head_and_shoulders() -> np.ndarray:
 
 
 def small_torso(shape: tuple[int, int, int], seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """MR, CT and affine of a torso of half the size, 4 mm: an eighth of the voxels at 2 mm, so an eighth of the time."""
+    """MR, CT and affine of a torso of half the size, 4 mm: an eighth of the voxels at 2 mm, and of the time."""
     mr, ct, affine = torso_phantom(shape=shape, spacing=8.0, seed=seed)
     return mr, ct, np.diag([0.5, 0.5, 0.5, 1]) @ affine
 
@@ -150,8 +151,8 @@ def train(name: str, **overrides) -> ConfigWorkflow:
     return workflow
 
 
-# what takes seconds: whole modules, and tests that ask for a fixture that trains, samples or starts a process; others are
-# marked where they stand. The modules are in the order in which they start, longest first, so that none is left at the end
+# what takes seconds: whole modules, and tests that ask for a fixture that trains, samples or starts a process; others
+# are marked where they stand. Modules start in the order of LONG_MODULES, the longest first
 LONG_MODULES = (
     "test_runs",
     "test_prepare",
@@ -164,7 +165,7 @@ LONG_MODULES = (
 INTEGRATION_MODULES = {
     "test_chain", "test_export", "test_inference", "test_label_app", "test_package", "test_report", "test_slicer",
 }  # fmt: skip
-INTEGRATION_FIXTURES = {"infer", "infer_command", "trained", "phantoms", "tiny", "inbox", "quick_maps"}
+INTEGRATION_FIXTURES = {"infer", "infer_command", "trained", "phantoms", "tiny", "inbox", "quick_maps", "real_data"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -228,7 +228,7 @@ def budget(tmp_path: Path, scores: list[float], clock: Clock, **settings) -> tup
 def train_by(handler: TimeBudget, clock: Clock, seconds: float, epochs: int = 100) -> Engine:
     engine = Engine(lambda *_: setattr(clock, "now", clock.now + seconds))
     handler.attach(engine)
-    handler.start()
+    handler.start(None)
     engine.run(range(10), max_epochs=epochs)
     return engine
 
@@ -245,7 +245,7 @@ def test_a_training_ends_with_its_time_and_validates_at_even_shares(tmp_path):
 def test_the_time_before_a_resumption_counts_and_that_in_between_does_not(tmp_path):
     clock = Clock()
     handler, _ = budget(tmp_path, [1.0], clock, minutes=1)
-    handler.start()
+    handler.start(None)
     clock.now = 40.0
     saved = handler.state_dict()
     clock.now = 9000.0
@@ -265,7 +265,7 @@ def test_time_that_is_over_before_the_first_step_ends_the_program(tmp_path):
     handler, _ = budget(tmp_path, [1.0], clock, minutes=1)
     engine = Engine(lambda *_: pytest.fail("a step was taken"))
     handler.attach(engine)
-    handler.start()
+    handler.start(None)
     clock.now = 61.0
     with pytest.raises(SystemExit, match="before the first step"):
         engine.run(range(3))
@@ -275,7 +275,7 @@ def test_time_that_is_over_before_the_first_step_ends_the_program(tmp_path):
 def test_the_learning_rate_warms_up_and_falls_to_zero_with_the_time(tmp_path):
     clock = Clock()
     handler, _ = budget(tmp_path, [1.0], clock, minutes=1)
-    handler.start()
+    handler.start(None)
     assert handler.rate(0) == pytest.approx(0.01) and handler.rate(500) == 1.0
     clock.now = 30.0
     assert handler.rate(500) == pytest.approx(0.5)

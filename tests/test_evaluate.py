@@ -52,7 +52,7 @@ def cohort(tmp_path) -> Path:
 
 def evaluation(folder: Path, **settings) -> Evaluation:
     own = {"pred_dir": str(folder / "pred"), "datalist": None, "split": "test", "output_dir": str(folder / "out")}
-    return Evaluation(str(folder), bundle_root=str(ROOT), **{**own, **settings})
+    return Evaluation(str(folder), **{**own, **settings})
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:

@@ -28,9 +28,9 @@ from custom_modules.networks.denoiser import LatentDenoiser
 from custom_modules.networks.synthesizer import Synthesizer
 from custom_modules.networks.weights import save_weights
 
-# one resolution, and two scales: the graphs are small enough to be exported in seconds, and hold every kind of block
+# one resolution: the graphs are small enough to be exported in seconds, and hold every kind of block
 AUTOENCODER = {"latent_channels": 4, "channels": [8], "num_blocks": [1]}
-DENOISER = {"latent_channels": 4, "channels": [8, 16], "num_blocks": 1, "attention_channels": 8, "window": 8}
+DENOISER = {"latent_channels": 4, "channels": [8, 16, 16], "num_blocks": 1, "attention_channels": 8, "window": 8}
 SETTINGS = {
     "network_def#autoencoder": {**TINY["network_def#autoencoder"], **AUTOENCODER},
     "network_def#denoiser": {**TINY["network_def#denoiser"], **DENOISER},
@@ -79,7 +79,7 @@ def test_all_parts_are_there_and_the_record_says_what_they_are(exported, weights
     assert files_in(exported) == sorted([*parts, "export.json"])
     record = json.loads((exported / "export.json").read_text())
     assert record["model_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert record["hu_window"] == [-1000, 1600] and record["size_unit"] == 4
+    assert record["hu_window"] == [-1000, 1600] and record["size_unit"] == 8
     assert record["parts"]["denoiser"]["inputs"]["x"]["shape"][1] == 8  # c = 4, twice
 
 

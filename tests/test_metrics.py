@@ -133,7 +133,7 @@ def volumes(seed: int = 0, shape: tuple[int, ...] = (33, 28, 20)) -> tuple[np.nd
     return (ct + rng.normal(0, 120, shape)).astype(np.float32), ct.astype(np.float32), mask
 
 
-@pytest.fixture(scope="module", params=["random", "real"])
+@pytest.fixture(scope="module", params=["random", pytest.param("real", marks=pytest.mark.integration)])
 def pair(request) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Prediction, CT and mask: random ones, and a real CT against its registered and its raw version."""
     if request.param == "random":

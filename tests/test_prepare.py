@@ -474,6 +474,7 @@ def test_without_registration_the_ct_is_resampled_once_and_linearly(person):
     assert 0.5 < alignment.covered.mean() < 1 and (np.asarray(alignment.ct[0])[~alignment.covered] == -1000).all()
 
 
+@pytest.mark.integration
 def test_what_the_ct_does_not_cover_is_marked_and_air(person):
     mr, ct, body = person
     half = crop_around(ct, mr)[..., : ct.shape[-1] // 2]
@@ -483,6 +484,7 @@ def test_what_the_ct_does_not_cover_is_marked_and_air(person):
 
 
 @pytest.mark.parametrize("shift", [(2000.0, 0, 0), (0, 0, 392.0)])
+@pytest.mark.integration
 def test_no_overlap_is_refused(person, shift):
     mr, ct, body = person
     away = like(np.asarray(ct[0]), ct)

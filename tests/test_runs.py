@@ -127,7 +127,7 @@ def test_two_processes_train_as_one_that_accumulates(name, phantoms, trained, tm
     if name == "train":
         settings |= {"autoencoder_checkpoint": str(trained / "ae/autoencoder.pt"), "augmented_copies": 1}
     train(name, **settings, accumulation=2, output_dir=str(tmp_path / "one"))
-    files = [str(ROOT / "configs" / f"{n}.yaml") for n in (name, "multi_gpu_train")]
+    files = [str(ROOT / "configs" / f"{n}.yaml") for n in (*name.split("+"), "multi_gpu_train")]
     command = [
         sys.executable,
         "-m",

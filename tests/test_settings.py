@@ -146,6 +146,7 @@ def test_the_command_line_of_monai_is_read_and_others_are_not():
     "arguments",
     [["--seeed", "5"], ["--out_dir", "x"], ["--num_samples", "0"], ["--device", "cuda:7"], ["--spacing", "1"]],
 )
+@pytest.mark.integration
 def test_the_command_ends_in_one_line_before_anything_is_read(arguments, tmp_path):
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(INFERENCE)]
     command += ["--dataset_dir", str(tmp_path), "--output_dir", str(tmp_path / "out"), *arguments]

@@ -148,6 +148,8 @@ def test_all_stages_train_and_leave_weights_that_load_strictly(trained):
     before, state, tuned = (
         torch.load(trained / name, weights_only=True) for name in ("ae/autoencoder.pt", "ldm/model.pt", "fine/model.pt")
     )
+    conditions = [weights.pop("trained_with") for weights in (before, state, tuned)]
+    assert conditions[1] == conditions[2] and conditions[0].items() <= conditions[1].items()
     for key, value in before.items():  # the autoencoder stays frozen
         torch.testing.assert_close(state[f"autoencoder.{key}"], value)
     assert not bool((state["latent_std"] == 1).all())
