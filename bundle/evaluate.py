@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,12 @@ import numpy as np
 
 from bundle.synthesize import picture
 from custom_modules.data.volumes import read_volume
+from custom_modules.errors import one_line
 from custom_modules.evaluation.split import Evaluation
 from custom_modules.files import inside, writable_or_stop
+
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -45,18 +50,17 @@ def evaluate(
     )  # fmt: skip
     try:
         evaluation.run()
-    finally:  # of patients that were scored, also where others were not
+    finally:  # of patients that were scored, even if others were not
         if pictures:
             for pair in evaluation.pairs:
-                _picture(pair, Path(pred_dir or output_dir))
+                _picture(pair, Path(pred_dir or output_dir), Path(output_dir))
 
 
-def _picture(pair: dict[str, str], folder: Path) -> None:
+def _picture(pair: dict[str, str], pred_dir: Path, output_dir: Path) -> None:
+    """Draw a patient into the output folder; one that cannot be drawn is named and does not stop the others."""
+    name = f"{pair['patient']}_sct.nii.gz"
     try:
-        picture(
-            pair["image"], inside(folder, f"{pair['patient']}_sct.nii.gz"), np.asarray(read_volume(pair["label"])[0])
-        )
-    except (
-        ValueError
-    ):  # a volume that is missing, on another grid, or of a patient that is none; the scores have said so
-        return
+        ct = np.asarray(read_volume(pair["label"])[0])
+        picture(pair["image"], inside(pred_dir, name), ct, inside(output_dir, f"{pair['patient']}_sct.png"))
+    except (ValueError, OSError) as error:  # missing or on another grid, as the scores say too; or not writable
+        logger.warning("%s: no picture (%s)", pair["patient"], one_line(error, name))

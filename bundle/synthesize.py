@@ -47,8 +47,12 @@ def synthesize(mr: str, output_dir: str = "eval", **settings: Any) -> None:
         raise failed
 
 
-def picture(mr: str | Path, sct: str | Path, ct: np.ndarray | None = None) -> Path:
-    """Write ``sct``'s name with .png: MR and synthetic CT, and where there is one the CT and the error."""
+def picture(mr: str | Path, sct: str | Path, ct: np.ndarray | None = None, path: Path | None = None) -> Path:
+    """Draw MR and synthetic CT, and with a CT also the CT and the error.
+
+    Args:
+        path: of the PNG; that of ``sct`` with the extension .png when None.
+    """
     image, pred = read_volume(mr), read_volume(sct)
     columns = {"MR": (np.asarray(image[0]), "MR"), "synthetic CT": (np.asarray(pred[0]), "HU")}
     if ct is not None:
@@ -56,5 +60,6 @@ def picture(mr: str | Path, sct: str | Path, ct: np.ndarray | None = None) -> Pa
         columns["synthetic CT - CT"] = (np.asarray(pred[0]) - ct, "error")
     sct = Path(sct)
     extension = next(e for e in EXTENSIONS if sct.name.lower().endswith(e))
-    path = sct.with_name(sct.name[: -len(extension)] + ".png")
+    path = path or sct.with_name(sct.name[: -len(extension)] + ".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
     return montage(columns, np.asarray(image.affine), path, title=sct.name)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 
 import torch
 from torch import nn
-
-TIMEOUT = datetime.timedelta(hours=2)  # one rank may encode or validate while the others wait
 
 
 def rank() -> int:
@@ -33,15 +30,10 @@ def local_device() -> torch.device:
     )
 
 
-def start() -> None:
-    """Join the processes that ``torchrun`` started: NCCL on GPUs, gloo on CPUs."""
+def wrap(network: nn.Module) -> nn.Module:
+    """``network`` for distributed data parallel training, on the GPU of this process if there is one."""
     if torch.cuda.is_available():
         torch.cuda.set_device(local_device())
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
-
-
-def wrap(network: nn.Module) -> nn.Module:
-    """``network`` for distributed data parallel training."""
     return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 

@@ -61,9 +61,9 @@ class Setting:
         if self.kind in ("ints", "floats"):
             text = f"{self.size} {'increasing ' if self.increasing else ''}{text}"
         if math.isfinite(self.low) and math.isfinite(self.high):
-            text += f" from {self.low:g} to {self.high:g}"
+            text += f" from {_text(self.low)} to {_text(self.high)}"
         elif math.isfinite(self.low):
-            text += f" of at least {self.low:g}"
+            text += f" of at least {_text(self.low)}"
         return text + (", or null" if self.nullable else "")
 
     def parse(self, name: str, value: Any) -> Any:
@@ -104,6 +104,10 @@ class Setting:
         if isinstance(value, str) and not value.strip():
             raise ValueError
         return value
+
+
+def _text(bound: float) -> str:
+    return str(int(bound)) if bound == int(bound) else f"{bound:g}"
 
 
 def parse_bool(value: Any) -> bool:
@@ -277,7 +281,7 @@ def _is_expression(value: Any) -> bool:
 
 
 def check() -> None:
-    """Check the settings of the running config, as the first expression of its ``initialize``: types and ranges by
+    """Check the settings of the running config, as the first expression of its ``run``: types and ranges by
     :data:`SETTINGS`, unknown names, and settings on the command line that this config does not use. Values are converted to
     their type, so that ``--strict false`` is false. Ends the program with one line for what is not allowed."""
     parser = current_parser()

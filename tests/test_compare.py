@@ -70,7 +70,8 @@ def tiny(monkeypatch):
 
     def shrink(name: str, system: comparison.System) -> comparison.System:
         stages = [dataclasses.replace(s, settings={**s.settings, **TINY[name]}) for s in system.stages]
-        return dataclasses.replace(system, stages=stages, settings=TINY[name])
+        sampling = {key: value for key, value in TINY[name].items() if key != "roi_size"}
+        return dataclasses.replace(system, stages=stages, settings=sampling)
 
     monkeypatch.setattr(comparison, "SYSTEMS", {k: shrink(k, v) for k, v in comparison.SYSTEMS.items()})
     monkeypatch.setattr(evaluation, "check_hu", lambda *_: None)

@@ -76,6 +76,12 @@ def test_options_refuse_what_they_cannot_be(name, value):
         OPTIONS.chosen({name: value})
 
 
+@pytest.mark.parametrize("name", ["num_inference_step", "stric", "samplin", "hu_windw"])
+def test_options_refuse_a_misspelt_name(name):
+    with pytest.raises(InputError, match=f"no setting '{name}'; did you mean"):
+        OPTIONS.chosen({name: 1})
+
+
 def test_the_label_environment_has_the_pins_of_the_bundle():
     pins = {}
     for name in ("requirements.txt", "requirements-label.txt"):
@@ -249,7 +255,7 @@ def test_the_slicer_modules_client(server, by_bundle, mr, tmp_path):
     assert_same(result.volume, by_bundle / "mr_sct.nii.gz")
     assert_same(result.uncertainty, by_bundle / "mr_sct_sd.nii.gz")
     assert result.answer["seed"] == 3 and steps == ["sending the MR", "synthesising", "fetching the uncertainty"]
-    with pytest.raises(ServerError, match="must be in 1 to 1000, got 0"):
+    with pytest.raises(ServerError, match="must be a whole number from 1 to 1000"):
         client.synthesize(mr, MODEL, {"num_inference_steps": 0}, tmp_path)
     for _ in range(50):  # the server's watcher takes a moment to see that a file is gone
         images = server.ask("GET", "/datastore/?output=all")[1]["objects"]
@@ -297,11 +303,11 @@ REFUSED = {
     "path outside": ("POST", f"/infer/{MODEL}?image=/etc/hostname", {}, 404, "studies folder"),
     "path upwards": ("POST", f"/infer/{MODEL}?image=../weights/model.pt", {}, 404, "studies folder"),
     "path in the options": ("POST", INFER, {"image": "/etc/hostname"}, 404, "studies folder"),
-    "no volume there": ("POST", f"/infer/{MODEL}?image=datastore_v2.json", {}, 400, "not a volume"),
+    "no volume there": ("POST", f"/infer/{MODEL}?image=datastore_v2.json", {}, 400, "lists no volumes"),
     "no steps": ("POST", INFER, {"num_inference_steps": 0}, 400, "1 to 1000"),
     "absurd steps": ("POST", INFER, {"num_inference_steps": 10**9}, 400, "1 to 1000"),
-    "negative seed": ("POST", INFER, {"seed": -1}, 400, "seed must be in 0 to"),
-    "no samples": ("POST", INFER, {"num_samples": 0}, 400, "num_samples must be in 1 to 64"),
+    "negative seed": ("POST", INFER, {"seed": -1}, 400, "seed -1: must be a whole number from 0 to"),
+    "no samples": ("POST", INFER, {"num_samples": 0}, 400, "num_samples 0: must be a whole number from 1 to 64"),
     "text for a number": ("POST", INFER, {"seed": "abc"}, 400, "whole number"),
     "another sampling": ("POST", INFER, {"sampling": "other"}, 400, "whole, windows"),
     "another HU window": ("POST", INFER, {"hu_window": [-800, 800]}, 400, "trained with hu_window"),

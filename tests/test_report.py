@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, save
+from conftest import save
 
 from bundle.phantom.command import torso_phantom
 from bundle.report import _bone_voxel, _text, report
@@ -65,7 +65,7 @@ def scored(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         for metrics in PROTOCOLS.values():  # MS-SSIM pads every volume to 97 a side; it has its own tests
             patch.setitem(metrics, "ms_ssim", lambda pred, ct, mask: float("nan"))
-        Evaluation(str(folder), None, "test", out, bundle_root=str(ROOT), pred_dir=out).run()
+        Evaluation(str(folder), None, "test", out, pred_dir=out).run()
     report(str(folder / "out"))
     return folder / "out"
 

@@ -95,8 +95,8 @@ def test_the_volume_comes_back_byte_for_byte_and_the_upload_is_removed(server, m
 
 
 def test_a_refusal_is_the_servers_sentence_and_the_upload_is_removed(server, mr, tmp_path):
-    server.refusal = "num_inference_steps must be in 1 to 1000, got 0"
-    with pytest.raises(ServerError, match="^num_inference_steps must be in 1 to 1000, got 0$"):
+    server.refusal = "num_inference_steps 0: must be a whole number from 1 to 1000"
+    with pytest.raises(ServerError, match="^num_inference_steps 0: must be a whole number from 1 to 1000$"):
         Client(server.address).synthesize(mr, "synthetic_ct", {}, tmp_path)
     assert server.seen[-1][:2] == ("DELETE", "/datastore/image")
     assert not (tmp_path / "sct.nrrd").exists()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from typing import Any
 
+from custom_modules.errors import InputError
 from custom_modules.settings import SETTINGS, Setting
+
+# of MONAI Label's own requests
+CLIENT_KEYS = frozenset("model image device label_tag result_extension result_dtype result_compress session_id".split())
 
 
 class Options:
@@ -39,11 +44,18 @@ class Options:
 
     def chosen(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The values in a request, checked, with defaults where it has none. Whatever else a client sends, such as the
-        Slicer plugin's ``result_dtype``, is left alone.
+        Slicer plugin's ``result_dtype``, is left alone, unless it looks like a misspelt setting.
 
         Raises:
-            InputError: for a value that is not allowed.
+            InputError: for a value that is not allowed, or a name that is close to that of a setting.
         """
-        return {
-            name: setting.parse(name, request.get(name, self.defaults[name])) for name, setting in self.settings.items()
-        }
+        for name in request.keys() - self.settings.keys() - CLIENT_KEYS:
+            close = difflib.get_close_matches(name, self.settings, n=1, cutoff=0.75)
+            if close:
+                raise InputError(f"no setting '{name}'; did you mean '{close[0]}'?")
+        try:
+            return {
+                name: setting.parse(name, request.get(name, self.defaults[name])) for name, setting in self.settings.items()
+            }
+        except InputError as error:  # a client has no command line
+            raise InputError(str(error).removeprefix("--")) from error

@@ -67,7 +67,7 @@ def load_pairs_or_stop(*args: Any, **kwargs: Any) -> dict[str, list[Pair]]:
 class DataCheck:
     """:func:`check_pairs_or_stop` for configs: :meth:`run` it before training; then ``fingerprint`` identifies the data."""
 
-    def __init__(self, pairs: Mapping[str, Sequence[Pair]], least_patients: int = 2, check_data: bool = True) -> None:
+    def __init__(self, pairs: Mapping[str, Sequence[Pair]], least_patients: int = 1, check_data: bool = True) -> None:
         self.pairs, self.least_patients, self.check_data, self.fingerprint = pairs, least_patients, check_data, ""
 
     def run(self) -> None:

@@ -11,7 +11,6 @@ import torch
 from monai.transforms import Randomizable
 from torch.utils.data import Dataset, Sampler
 
-
 logger = logging.getLogger(__name__)
 
 
