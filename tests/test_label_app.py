@@ -303,7 +303,7 @@ REFUSED = {
     "path outside": ("POST", f"/infer/{MODEL}?image=/etc/hostname", {}, 404, "studies folder"),
     "path upwards": ("POST", f"/infer/{MODEL}?image=../weights/model.pt", {}, 404, "studies folder"),
     "path in the options": ("POST", INFER, {"image": "/etc/hostname"}, 404, "studies folder"),
-    "no volume there": ("POST", f"/infer/{MODEL}?image=datastore_v2.json", {}, 400, "lists no volumes"),
+    "no volume there": ("POST", f"/infer/{MODEL}?image=datastore_v2.json", {}, 400, "not a volume"),
     "no steps": ("POST", INFER, {"num_inference_steps": 0}, 400, "1 to 1000"),
     "absurd steps": ("POST", INFER, {"num_inference_steps": 10**9}, 400, "1 to 1000"),
     "negative seed": ("POST", INFER, {"seed": -1}, 400, "seed -1: must be a whole number from 0 to"),

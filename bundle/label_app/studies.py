@@ -13,7 +13,7 @@ from monailabel.datastore.local import LocalDatastore
 from monailabel.utils.sessions import Sessions
 
 from custom_modules.data.dicom import split_address
-from custom_modules.data.inputs import find_volumes
+from custom_modules.data.inputs import LISTS, find_volumes
 from custom_modules.data.volumes import EXTENSIONS, read_volume
 from custom_modules.errors import InputError
 
@@ -42,6 +42,8 @@ def check_volume_file(path: str | Path, label_map: bool = False) -> dict[str, st
     Raises:
         InputError: for anything but one sound volume, and for a label map.
     """
+    if Path(path).suffix.lower() in LISTS:  # its paths could lead anywhere
+        raise InputError(f"{path}: not a volume; give {', '.join(EXTENSIONS)} or a folder with a DICOM series")
     found = find_volumes(path)
     if len(found) > 1:
         addresses = ", ".join(Path(item["image"]).name for item in found[:8])
