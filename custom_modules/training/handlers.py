@@ -135,7 +135,14 @@ class ProgressBar:
 
     def _open(self, engine: Engine) -> None:
         total = engine.state.epoch_length * engine.state.max_epochs
-        self.bar = tqdm(total=total, initial=engine.state.iteration, desc="training", unit="step", mininterval=1.0, disable=self.disable)
+        self.bar = tqdm(
+            total=total,
+            initial=engine.state.iteration,
+            desc="training",
+            unit="step",
+            mininterval=1.0,
+            disable=self.disable,
+        )
 
     def _update(self, engine: Engine) -> None:
         self.bar.set_postfix(loss=f"{engine.state.output['loss'].item():.4g}", refresh=False)
