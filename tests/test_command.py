@@ -115,9 +115,13 @@ def test_the_version_is_that_of_the_metadata():
 @pytest.mark.parametrize(
     ("arguments", "flag", "on"),
     [
-        (["a", "--quiet"], "--quiet", True), (["--quiet", "false"], "--quiet", False), (["--quiet=yes"], "--quiet", True),
-        (["--quiet=0"], "--quiet", False), (["--quiet", "true"], "--verbose", False), (["--quiet", "--seed", "0"], "--quiet", True),
+        (["a", "--quiet"], "--quiet", True),
+        (["--quiet", "false"], "--quiet", False),
+        (["--quiet=yes"], "--quiet", True),
+        (["--quiet=0"], "--quiet", False),
+        (["--quiet", "true"], "--verbose", False),
+        (["--quiet", "--seed", "0"], "--quiet", True),
     ],
-)  # fmt: skip
+)
 def test_quiet_and_verbose_are_read_before_the_command_is_imported(arguments, flag, on):
     assert _given(arguments, flag) is on

@@ -43,7 +43,8 @@ trainer = workflow.parser.get_parsed_content("train#trainer")
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 if when == "step":
     from monai.engines import IterationEvents
-    trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, lambda e: die() if e.state.iteration == iteration else None)
+    die_at = lambda engine: die() if engine.state.iteration == iteration else None
+    trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, die_at)
 else:
     save = torch.save
     def half(content, path):

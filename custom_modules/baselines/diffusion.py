@@ -117,6 +117,7 @@ def add_controlnet(network: ConditionalDiffusion, path: str) -> ConditionalDiffu
     its encoder into the ControlNet, whose zero convolutions stay (Zhang et al. 2023). Ends the program where it
     cannot."""
     controlnet, network.controlnet = network.controlnet, None
+    assert controlnet is not None, "a network without a ControlNet"
     load_weights_or_stop(network, path)
     network.requires_grad_(False)
     controlnet.load_state_dict(network.unet.state_dict(), strict=False)

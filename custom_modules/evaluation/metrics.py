@@ -16,7 +16,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from custom_modules.data.hu import TISSUES, Window, tissue
 
-Metric = Callable[[np.ndarray, np.ndarray, np.ndarray], float]
+Metric = Callable[..., float]  # of (pred, ct, mask); some take ``window`` and ``outside`` too
 
 PAPER_HU = (-800.0, 800.0)
 SYNTHRAD_HU = (-1024.0, 3071.0)
@@ -105,15 +105,15 @@ def ms_ssim(
     """
     margins = [((n := max(SMALLEST - size, 0)) // 2, n - n // 2) for size in ct.shape]
     # from 0, the lowest value, on: beyond the volume there is air
-    images = [np.pad(x - window[0], margins, mode="edge") for x in _prepared(pred, ct, mask, window, outside)]
+    a, b = (np.pad(x - window[0], margins, mode="edge") for x in _prepared(pred, ct, mask, window, outside))
     mask = np.pad(mask, margins, mode="edge")
     border = (slice(SSIM_WINDOW // 2, -(SSIM_WINDOW // 2)),) * 3
     product = 1.0
     for weight in SCALES:
-        similarity = _ssim_map(*images, window)[border][mask[border]].clip(min=0)
+        similarity = _ssim_map(a, b, window)[border][mask[border]].clip(min=0)
         product *= _mean(similarity**weight)
         every_other = (slice(None, None, 2),) * 3
-        images = [uniform_filter(x, 2, mode="constant")[every_other] for x in images]
+        a, b = (uniform_filter(x, 2, mode="constant")[every_other] for x in (a, b))
         mask = mask[every_other]
     return product
 
@@ -134,10 +134,10 @@ def _inside(pred: np.ndarray, ct: np.ndarray, mask: np.ndarray, window: Window |
 
 def _prepared(
     pred: np.ndarray, ct: np.ndarray, mask: np.ndarray, window: Window, outside: float | None
-) -> tuple[np.ndarray, ...]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Both volumes as float64, clipped to ``window`` and, unless None, ``outside`` beyond the mask."""
-    volumes = (x.astype(np.float64).clip(*window) for x in (pred, ct))
-    return tuple(x if outside is None else np.where(mask, x, outside) for x in volumes)
+    a, b = (x.astype(np.float64).clip(*window) for x in (pred, ct))
+    return (a, b) if outside is None else (np.where(mask, a, outside), np.where(mask, b, outside))
 
 
 def _ssim_map(a: np.ndarray, b: np.ndarray, window: Window) -> np.ndarray:
@@ -165,15 +165,15 @@ def protocol(errors: Window | None, similarity: Window, outside: float | None) -
         similarity: HU that similarities are clipped to, and their range.
         outside: HU outside the mask, for those that look at neighbours; None leaves what is there.
     """
-    made = {}
+    metrics: dict[str, Metric] = {}
     for name, metric in METRICS.items():
         if name in ("psnr", "ncc"):
-            made[name] = partial(metric, window=similarity)
+            metrics[name] = partial(metric, window=similarity)
         elif name in ("ssim", "ms_ssim"):
-            made[name] = partial(metric, window=similarity, outside=outside)
+            metrics[name] = partial(metric, window=similarity, outside=outside)
         else:
-            made[name] = metric if name.endswith("_dice") else partial(metric, window=errors)
-    return made
+            metrics[name] = metric if name.endswith("_dice") else partial(metric, window=errors)
+    return metrics
 
 
 PROTOCOLS = {

@@ -178,7 +178,9 @@ class Evaluation:
     def summary(self, rows: Sequence[Row]) -> dict[str, Any]:
         """What ``metrics.json`` holds."""
         systems = list(dict.fromkeys(row["system"] for row in rows))
-        files = {pair["patient"]: {"image": pair["image"], "label": pair["label"]} for pair in self.pairs}
+        files: dict[str, dict[str, Any]] = {
+            pair["patient"]: {"image": pair["image"], "label": pair["label"]} for pair in self.pairs
+        }
         for row in rows:
             if row["system"] == self.name:
                 files[row["patient"]] |= {key: row.get(key) for key in ("sct", "problem", "organs", "curves")}

@@ -91,7 +91,7 @@ def histogram(image: np.ndarray, inside: np.ndarray) -> np.ndarray:
     return np.histogram(image[inside], HISTOGRAM)[0] / max(inside.sum(), 1)
 
 
-def histogram_distance(shares: Sequence[float], reference: Sequence[float]) -> float:
+def histogram_distance(shares: Sequence[float] | np.ndarray, reference: Sequence[float] | np.ndarray) -> float:
     """Earth mover's distance of two histograms, in units of the normalised MR."""
     centres = (HISTOGRAM[1:] + HISTOGRAM[:-1]) / 2
     return float(wasserstein_distance(centres, centres, shares, reference))
@@ -157,9 +157,9 @@ def deviations(values: Mapping[str, float], statistics: Mapping[str, Any]) -> di
     more is odd."""
     result = {}
     for name, value in values.items():
-        known = statistics["measures"].get(name)
-        if known is not None:
-            z = (_scaled(name, value) - known["mean"]) / known["sd"]
+        training = statistics["measures"].get(name)
+        if training is not None:
+            z = (_scaled(name, value) - training["mean"]) / training["sd"]
             result[name] = float(max(z, 0) if MEASURES[name][1] else abs(z))
     return result
 
@@ -177,12 +177,14 @@ class Guard:
     def __init__(
         self, statistics: str | Path | None, checkpoint: str | Path, strict: bool = False, limit: float = LIMIT
     ) -> None:
-        self.strict, self.limit, self.statistics = strict, limit, None
+        self.strict, self.limit = strict, limit
+        self.statistics: dict[str, Any] | None = None
         if statistics and Path(statistics).is_file():
-            self.statistics = json.loads(Path(statistics).read_text())
-            same = Path(checkpoint).is_file() and self.statistics.get("model_sha256") == sha256(checkpoint)
+            stored = json.loads(Path(statistics).read_text())
+            same = Path(checkpoint).is_file() and stored.get("model_sha256") == sha256(checkpoint)
             if not same:
-                self.statistics["measures"].pop("reconstruction error", None)
+                stored["measures"].pop("reconstruction error", None)
+            self.statistics = stored
         elif statistics:
             logger.warning("inputs are not checked: no %s", statistics)
 
@@ -197,7 +199,8 @@ class Guard:
         wanted = network if "reconstruction error" in self.statistics["measures"] else None
         values = measure(batch, self.statistics["histogram"], wanted)
         off = deviations(values, self.statistics)
-        warnings = [self._sentence(name, values[name], off[name]) for name in off if off[name] > self.limit]
+        ranges = self.statistics["measures"]
+        warnings = [_sentence(name, values[name], off[name], ranges[name]) for name in off if off[name] > self.limit]
         if warnings and self.strict:
             raise InputError("not like the training MRs: " + "; ".join(warnings))
         name = np.ravel(batch["image"].meta["filename_or_obj"])[0]
@@ -205,7 +208,7 @@ class Guard:
             logger.warning("%s: not like the training MRs: %s", name, warning)
         return {"warnings": warnings, "score": max(off.values(), default=0.0), "deviations": off, "measures": values}
 
-    def _sentence(self, name: str, value: float, deviation: float) -> str:
-        known, unit = self.statistics["measures"][name], MEASURES[name][0]
-        span = f"{known['low']:.3g} to {known['high']:.3g}"
-        return f"{name} is {value:.3g}{unit and ' ' + unit}, in training {span} ({deviation:.1f} SD away)"
+
+def _sentence(name: str, value: float, deviation: float, training: Mapping[str, float]) -> str:
+    unit, span = MEASURES[name][0], f"{training['low']:.3g} to {training['high']:.3g}"
+    return f"{name} is {value:.3g}{unit and ' ' + unit}, in training {span} ({deviation:.1f} SD away)"

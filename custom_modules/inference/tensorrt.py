@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def through_forward(network: Synthesizer) -> Synthesizer:
     """Let ``network`` ask its denoiser by ``forward``, which is what TensorRT compiles, in place of the two halves of it
     that the road asks for otherwise."""
 
-    def predict(z: Tensor, t: int, condition: tuple[Tensor]) -> Tensor:
+    def predict(z: Tensor, t: int, condition: Sequence[Tensor]) -> Tensor:
         return network.denoiser(torch.cat([z, *condition], dim=1), torch.full((len(z),), t, device=z.device))
 
     network.condition, network.predict = lambda z_mr: (z_mr,), predict  # type: ignore[method-assign]
