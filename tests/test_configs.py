@@ -63,7 +63,8 @@ def workflow(data, checkpoint, tmp_path_factory):
         }[name]
         made = ConfigWorkflow(
             config_file=[str(path) for path in CONFIGS[name]],
-            workflow_type="infer" if name == "inference" else "train", logging_file=False, dataset_dir=str(data), output_dir=str(tmp_path_factory.mktemp("out")),
+            workflow_type="infer" if name == "inference" else "train",
+            logging_file=False, dataset_dir=str(data), output_dir=str(tmp_path_factory.mktemp("out")),
             device="$torch.device('cpu')", **networks,
         )  # fmt: skip
         made.initialize()
