@@ -128,7 +128,8 @@ def main(device: str = "cpu", repeats: int = 7) -> None:
     keys = {name: tuple(t.detach() for t in pair) for name, pair in keys.items()}
     leaves = list(module.query.parameters())
     rows += compare("SEM of 4 windows", "64 x 16³", {
-        "512 keys": (lambda: module(x, *keys["pooled"]), leaves), "4096 keys": (lambda: module(x, *keys["full"]), leaves),
+        "512 keys": (lambda: module(x, *keys["pooled"]), leaves),
+        "4096 keys": (lambda: module(x, *keys["full"]), leaves),
     }, repeats, where)  # fmt: skip
     q, k, v = (torch.randn(4, 1, n, 64, device=where) for n in (4096, 512, 512))
     rows += compare("attention", "4096 queries, 512 keys", {

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
+CPU = torch.device("cpu")
 
 
 def synchronize(device: torch.device) -> None:
@@ -30,7 +31,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(work: Callable[[], Any], device: torch.device = torch.device("cpu")) -> float:
+def seconds(work: Callable[[], Any], device: torch.device = CPU) -> float:
     synchronize(device)
     start = time.perf_counter()
     work()
@@ -38,9 +39,7 @@ def seconds(work: Callable[[], Any], device: torch.device = torch.device("cpu"))
     return time.perf_counter() - start
 
 
-def medians(
-    works: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device = torch.device("cpu")
-) -> dict[str, float]:
+def medians(works: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device = CPU) -> dict[str, float]:
     """Median seconds of each of ``works``, taken in turn ``repeats`` times after a round that warms up; what fails is
     left out."""
     times: dict[str, list[float]] = {name: [] for name in works}
@@ -62,16 +61,14 @@ def processor() -> str:
     return found[1] if found else platform.machine()
 
 
-def hardware(device: torch.device = torch.device("cpu")) -> str:
+def hardware(device: torch.device = CPU) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     amx = " with AMX" if torch.cpu._is_amx_tile_supported() else ""
     return f"{torch.get_num_threads()} threads, {processor()}{amx}"
 
 
-def publish(
-    name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], device: torch.device = torch.device("cpu")
-) -> None:
+def publish(name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], device: torch.device = CPU) -> None:
     """Print ``rows`` as a table of ``columns``, keep all of them as JSON and put the table into the page."""
     date = str(datetime.date.today())
     content = {"date": date, "hardware": hardware(device), "torch": torch.__version__, "rows": rows}

@@ -2,8 +2,8 @@
 
     python benchmarks/invariance.py --dataset_dir DIR [--split validation]
 
-Differences in HU within the body, by the whole pipeline from file to file, from the default settings on the same seed where
-nothing else is said.
+Differences in HU within the body, by the whole pipeline from file to file, with the default settings and the same seed
+unless stated otherwise.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ cylinders, for the cost depends on their size only; the weights are the shipped 
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import time
@@ -145,7 +146,7 @@ def volumes(device: str = "cpu", amp: bool = False, compile: bool = False, repea
         stages, found = Stages(inferer, where), []
         with Peak(where) as peak:
             for _ in range(repeats + 1):
-                total = seconds(lambda: inferer(mr, network, body), where)
+                total = seconds(functools.partial(inferer, mr, network, body), where)
                 found.append({**stages.seconds, "all": total})
         median = {stage: float(np.median([f[stage] for f in found[1:]])) for stage in found[0]}
         computed = voxels_computed(inferer, network, mr, body)

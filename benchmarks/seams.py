@@ -2,8 +2,9 @@
 
     python benchmarks/seams.py --dataset_dir DIR [--split validation] [--overlap 0.5] [--num_inference_steps 4]
 
-1 means that a border cannot be told from the inside. Measured on the grid of the networks, in the body: at the borders of
-the denoiser's attention windows, and at those of windows sampled on their own; the CT at the same places is the reference.
+1 means that a border cannot be told from the inside. Measured in the body, on the grid of the networks: at the borders
+of the denoiser's attention windows, and at those of windows sampled on their own; the CT at the same places is the
+reference.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from custom_modules.tiling import pad_to_windows  # noqa: E402
 def border_planes(
     shape: tuple[int, ...], sampling: str, inferer: LatentSampler, network: Synthesizer
 ) -> list[np.ndarray]:
-    """For each axis, the positions p at which a window starts or ends between voxels p - 1 and p of the volume: a window
-    of the denoiser's attention, or a sampling window."""
+    """For each axis, the positions p at which a window (of the denoiser's attention, or of sampling) starts or ends
+    between voxels p - 1 and p of the volume."""
     unit = network.downsampling
     padded, inside = pad_to_windows(torch.zeros(1, 1, *shape), inferer._least_size(network), unit, inferer.margin)
     size = padded.shape[2:]

@@ -110,8 +110,9 @@ def main(dataset_dir: str | None = None, sizes: tuple[int, ...] = (48, 64, 96), 
                     continue
                 rows.append(json.loads(line[7:]))
                 r = rows[-1]
+                rate = 1 / r["seconds_per_step"]
                 print(
-                    f"stage {r['stage']:<6} crop {r['crop']:>4}  batch {r['batch_size']}  {1 / r['seconds_per_step']:6.2f} steps/s"
+                    f"stage {r['stage']:<6} crop {r['crop']:>4}  batch {r['batch_size']}  {rate:6.2f} steps/s"
                     f"  data {100 * r['data_share']:4.1f} %  peak {r['peak_gib']:5.2f} GiB  ({r['device']})"
                 )
     (ROOT / "runs").mkdir(exist_ok=True)

@@ -3,8 +3,8 @@
     pip install ptwt
     python benchmarks/wavelets.py [--repeats 5]
 
-Ratios of times: of the others to ours; of ours to a plain copy of the tensor, which caches may hold; and of ours to the limit
-that memory sets, the tensor's bytes at the speed at which the largest tensor is copied, which no cache holds.
+Ratios of times: of the others to ours; of ours to a plain copy of the tensor, which caches may hold; and of ours to the
+limit that memory sets, the tensor's bytes at the speed at which the largest tensor is copied, which no cache holds.
 """
 
 from __future__ import annotations

@@ -145,7 +145,12 @@ def source(name: str) -> ast.FunctionDef:
 
 def overview() -> str:
     """All commands, a line each."""
-    lines = [f"wldm {bundle_version()}: synthetic CT from MR, and training on your own pairs", "", "usage: wldm COMMAND ...", ""]
+    lines = [
+        f"wldm {bundle_version()}: synthetic CT from MR, and training on your own pairs",
+        "",
+        "usage: wldm COMMAND ...",
+        "",
+    ]
     for name in COMMANDS:
         doc = ast.get_docstring(source(name)) or ""
         first = " ".join(doc.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
@@ -169,7 +174,9 @@ def command_help(name: str) -> str:
 
 def _default(node: ast.expr) -> str:
     text = ast.unparse(node)
-    return text.removeprefix("str(ROOT / ").removesuffix(")").replace("' / '", "/").strip("'") if "ROOT" in text else text
+    return (
+        text.removeprefix("str(ROOT / ").removesuffix(")").replace("' / '", "/").strip("'") if "ROOT" in text else text
+    )
 
 
 def settings_help(config: str, taken: list[str]) -> list[str]:
@@ -186,7 +193,8 @@ def settings_help(config: str, taken: list[str]) -> list[str]:
                 textwrap.fill(
                     f"{setting.help} ({setting.allowed}).{text}",
                     110,
-                    initial_indent=f"  --{name:<22} ", subsequent_indent=" " * 27,
+                    initial_indent=f"  --{name:<22} ",
+                    subsequent_indent=" " * 27,
                 )  # fmt: skip
             )
     return lines

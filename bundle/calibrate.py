@@ -43,7 +43,12 @@ def calibrate(
         for pair in pairs:
             inside(folder, pair["patient"])
         volumes = [{"image": pair["image"], "output": f"{pair['patient']}_sct.nii.gz"} for pair in pairs]
-        own = {"output_dir": str(folder), "calibration": None, "guard_statistics": None, "dataset#data": volumes}
+        own: dict[str, Any] = {
+            "output_dir": str(folder),
+            "calibration": None,
+            "guard_statistics": None,
+            "dataset#data": volumes,
+        }
         workflow = inference_workflow(**own, num_samples=num_samples, **settings)
         workflow.run()
         cases = [_error_and_sd(pair, folder / volume["output"]) for pair, volume in zip(pairs, volumes)]
@@ -79,7 +84,8 @@ def guard(
 ) -> None:
     """Measure the MRs of the training split and store what is usual, for the check before each synthesis."""
     pairs = _pairs(dataset_dir, datalist, split)
-    own = {"guard_statistics": None, "dataset#data": [{"image": pair["image"], "output": ""} for pair in pairs]}
+    volumes = [{"image": pair["image"], "output": ""} for pair in pairs]
+    own: dict[str, Any] = {"guard_statistics": None, "dataset#data": volumes}
     parser = inference_workflow(**own, **settings).parser
     batches = [
         _raise_failure(batch) for batch in tqdm(parser.get_parsed_content("dataloader"), desc="measuring", unit="MR")

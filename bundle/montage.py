@@ -12,11 +12,13 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+Voxel = tuple[int, int, int]
+
 WINDOWS = {"HU": (-300.0, 900.0), "error": (-400.0, 400.0), "SD": (0.0, 300.0)}
 COLOURS = {"error": "RdBu_r", "SD": "magma"}
 
 
-def _planes(volume: np.ndarray, centre: tuple[int, int, int]) -> list[np.ndarray]:
+def _planes(volume: np.ndarray, centre: Voxel) -> list[np.ndarray]:
     """Axial, coronal and sagittal plane of an RAS volume, as radiologists see them: patient's right on the left,
     anterior or superior up."""
     i, j, k = centre
@@ -28,7 +30,7 @@ def montage(
     affine: np.ndarray,
     path: str | Path,
     title: str = "",
-    centre: tuple[int, int, int] | None = None,
+    centre: Voxel | None = None,
 ) -> Path:
     """Write a PNG with a row a plane and a column a volume.
 
@@ -71,13 +73,15 @@ def montage(
     return Path(path)
 
 
-def _in_canonical(voxel: tuple[int, int, int], affine: np.ndarray, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _in_canonical(voxel: Voxel, affine: np.ndarray, shape: tuple[int, ...]) -> Voxel:
     """Where a voxel of the volume as it is stored lies in RAS order."""
     to_ras = nib.orientations.inv_ornt_aff(nib.io_orientation(affine), shape)
-    return tuple(int(c) for c in nib.affines.apply_affine(np.linalg.inv(to_ras), voxel).round())
+    i, j, k = (int(c) for c in nib.affines.apply_affine(np.linalg.inv(to_ras), voxel).round())
+    return i, j, k
 
 
-def _centre(volume: np.ndarray) -> tuple[int, int, int]:
+def _centre(volume: np.ndarray) -> Voxel:
     """The voxel in the middle of what is not background."""
     inside = np.argwhere(volume > 0.1 * np.percentile(volume, 99))
-    return tuple(int(c) for c in np.median(inside, axis=0)) if len(inside) else tuple(s // 2 for s in volume.shape)
+    i, j, k = (int(c) for c in (np.median(inside, axis=0) if len(inside) else np.array(volume.shape) // 2))
+    return i, j, k

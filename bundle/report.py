@@ -187,14 +187,15 @@ def _volumes(case: Case) -> dict[str, Any]:
         paths["SD"] = beside(case["sct"], "_sd")
     read = {name: read_volume(path) for name, path in paths.items() if path}
     mr = read["MR"]
-    for name, volume in read.items():
+    for volume in read.values():
         check_same_grid(volume, mr)
     kinds = {"MR": "MR", "SD": "SD"}
     shown = {name: (np.asarray(volume[0]), kinds.get(name, "HU")) for name, volume in read.items()}
     if "CT" in shown and "synthetic CT" in shown:
-        error = (shown["synthetic CT"][0] - shown["CT"][0], "error")
-        shown = {**{k: v for k, v in shown.items() if k != "SD"}, "synthetic CT - CT": error, "SD": shown.get("SD")}
-    return {**{name: value for name, value in shown.items() if value is not None}, "affine": np.asarray(mr.affine)}
+        sd = {name: shown.pop(name) for name in ("SD",) if name in shown}  # the last column
+        shown["synthetic CT - CT"] = (shown["synthetic CT"][0] - shown["CT"][0], "error")
+        shown |= sd
+    return {**shown, "affine": np.asarray(mr.affine)}
 
 
 def _bone_voxel(weight: np.ndarray, mask: np.ndarray) -> tuple[int, ...] | None:

@@ -31,7 +31,8 @@ def synthesize(mr: str, output_dir: str = "eval", **settings: Any) -> None:
             raise InputError(f"{mr}: holds {len(volumes)} volumes; --output_dir must then be a folder")
         volumes[0]["output"], folder = folder.name, folder.parent
     started = time.perf_counter()
-    workflow = inference_workflow(output_dir=str(folder), **{"dataset#data": volumes}, **settings)
+    own: dict[str, Any] = {"output_dir": str(folder), "dataset#data": volumes}
+    workflow = inference_workflow(**own, **settings)
     failed: SystemExit | None = None
     try:
         workflow.run()

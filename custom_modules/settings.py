@@ -321,7 +321,9 @@ def check_settings(parser: ConfigParser, given: Sequence[str] = ()) -> None:
             raise InputError(f"no setting '{name}'{_suggestion(name, SETTINGS)}")
 
 
-STRUCTURE = frozenset(["imports", "initialize", "run", "finalize", "_meta_", "train", "validate", "evaluator", "handlers", "key_metric"])
+STRUCTURE = frozenset(
+    ["imports", "initialize", "run", "finalize", "_meta_", "train", "validate", "evaluator", "handlers", "key_metric"]
+)
 
 
 def _has_expression(value: Any) -> bool:
@@ -368,7 +370,19 @@ def given_on_command_line(arguments: Sequence[str]) -> list[str]:
 
 
 MONAI_ARGUMENTS = frozenset(
-    ["run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking", "args_file", "workflow_name", "workflow_type", "properties_path"]
+    [
+        "run_id",
+        "init_id",
+        "final_id",
+        "meta_file",
+        "config_file",
+        "logging_file",
+        "tracking",
+        "args_file",
+        "workflow_name",
+        "workflow_type",
+        "properties_path",
+    ]
 )
 
 

@@ -17,7 +17,9 @@ from custom_modules.errors import InputError
 
 
 def wldm(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "bundle", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-m", "bundle", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
 
 
 def test_help_and_version_do_not_import_pytorch():
@@ -50,7 +52,10 @@ def test_help_lists_every_option_and_setting_with_its_default(name):
     [
         (["synthesise", "a.nii"], "error: no command 'synthesise'; did you mean 'synthesize'?"),
         (["evaluate", "--dataset_di", "x"], "error: evaluate has no option --dataset_di; did you mean --dataset_dir?"),
-        (["synthesize", "a.nii", "--num_sampels", "3"], "error: synthesize has no option --num_sampels; did you mean --num_samples?"),
+        (
+            ["synthesize", "a.nii", "--num_sampels", "3"],
+            "error: synthesize has no option --num_sampels; did you mean --num_samples?",
+        ),
         (["phantom", "x", "--patiens=3"], "error: phantom has no option --patiens"),
     ],
 )
@@ -92,7 +97,9 @@ def test_a_signal_ends_in_one_line_and_leaves_no_half_written_file(number, statu
         f"with atomic_write(Path({str(tmp_path)!r}, 'a.txt')) as path:\n"
         "    path.write_text('half'); print('writing', flush=True); time.sleep(60)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "writing\n"
     time.sleep(0.1)
     os.kill(process.pid, number)
@@ -108,9 +115,13 @@ def test_the_version_is_that_of_the_metadata():
 @pytest.mark.parametrize(
     ("arguments", "flag", "on"),
     [
-        (["a", "--quiet"], "--quiet", True), (["--quiet", "false"], "--quiet", False), (["--quiet=yes"], "--quiet", True),
-        (["--quiet=0"], "--quiet", False), (["--quiet", "true"], "--verbose", False), (["--quiet", "--seed", "0"], "--quiet", True),
+        (["a", "--quiet"], "--quiet", True),
+        (["--quiet", "false"], "--quiet", False),
+        (["--quiet=yes"], "--quiet", True),
+        (["--quiet=0"], "--quiet", False),
+        (["--quiet", "true"], "--verbose", False),
+        (["--quiet", "--seed", "0"], "--quiet", True),
     ],
-)  # fmt: skip
+)
 def test_quiet_and_verbose_are_read_before_the_command_is_imported(arguments, flag, on):
     assert _given(arguments, flag) is on

@@ -19,7 +19,8 @@ CONFIGS = {name: [ROOT / "configs" / f"{part}.yaml" for part in name.split("+")]
 # the two copies of what the weights depend on, in train.yaml and inference.yaml
 SHARED = (
     "spacing", "mr_window", "mr_reference", "hu_window", "attention_window", "latent_channels", "autoencoder_channels",
-    "autoencoder_blocks", "stem", "wavelet", "denoiser_channels", "dsca", "prediction", "num_train_timesteps", "beta_end",
+    "autoencoder_blocks", "stem", "wavelet", "denoiser_channels", "dsca", "prediction", "num_train_timesteps",
+    "beta_end",
 )  # fmt: skip
 OVERLAYS = [
     ROOT / "configs" / f"{name}.yaml" for name in ("train_autoencoder", "finetune", "equal_time", "multi_gpu_train")
@@ -61,7 +62,8 @@ def workflow(data, checkpoint, tmp_path_factory):
             "train+train_autoencoder": {"network_def": autoencoder},
         }[name]
         made = ConfigWorkflow(
-            config_file=[str(path) for path in CONFIGS[name]], workflow_type="infer" if name == "inference" else "train",
+            config_file=[str(path) for path in CONFIGS[name]],
+            workflow_type="infer" if name == "inference" else "train",
             logging_file=False, dataset_dir=str(data), output_dir=str(tmp_path_factory.mktemp("out")),
             device="$torch.device('cpu')", **networks,
         )  # fmt: skip

@@ -329,7 +329,8 @@ def test_slices_of_different_size_are_refused(tmp_path):
 
 
 SERIES_TAGS = {
-    "EchoTime": ("10", "80"), "TemporalPositionIdentifier": (1, 2), "AcquisitionNumber": (1, 2), "TriggerTime": ("0", "40"),
+    "EchoTime": ("10", "80"), "TemporalPositionIdentifier": (1, 2), "AcquisitionNumber": (1, 2),
+    "TriggerTime": ("0", "40"),
     "DiffusionBValue": (0.0, 800.0), "ImageType": (["ORIGINAL", "PRIMARY", "M"], ["ORIGINAL", "PRIMARY", "P"]),
     "InversionTime": ("100", "900"), "FlipAngle": ("3", "15"),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Damaged files: cut off, with bits flipped, or with headers that ask for what is not there. Refused, or read the same."""
+"""Damaged files (truncated, with flipped bits, or with headers that promise more) are refused, or read the same."""
 
 from __future__ import annotations
 
@@ -179,7 +179,8 @@ def huge(path: Path) -> Path:
         path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     elif path.suffix == ".nrrd":
         encoding = "gzip" if path.name in COMPRESSED else "raw"
-        fields = f"NRRD0004\ntype: short\ndimension: 3\nspace: LPS\nsizes: {text}\nspace directions: (2,0,0) (0,2,0) (0,0,2)\n"
+        fields = f"NRRD0004\ntype: short\ndimension: 3\nspace: LPS\nsizes: {text}\n"
+        fields += "space directions: (2,0,0) (0,2,0) (0,0,2)\n"
         data = gzip.compress(bytes(1000)) if encoding == "gzip" else bytes(1000)
         path.write_bytes(f"{fields}endian: little\nencoding: {encoding}\nspace origin: (0,0,0)\n\n".encode() + data)
     else:
@@ -237,7 +238,8 @@ def test_micrometres_without_a_unit_are_refused_by_their_spacing(tmp_path):
 
 def nrrd(path: Path, sizes: str, directions: str, kinds: str, more: str = "", data: bytes = b"") -> Path:
     fields = f"NRRD0005\ntype: short\ndimension: {len(sizes.split())}\nsizes: {sizes}\nendian: little\nkinds: {kinds}\n"
-    fields += f"space: left-posterior-superior\nspace directions: {directions}\nspace origin: (0,0,0)\n{more}encoding: raw\n\n"
+    fields += f"space: left-posterior-superior\nspace directions: {directions}\n"
+    fields += f"space origin: (0,0,0)\n{more}encoding: raw\n\n"
     path.write_bytes(fields.encode() + (data or VALUES.astype("<i2").tobytes(order="F")))
     return path
 
@@ -270,7 +272,8 @@ REFUSED = {
         "ElementDataFile = LOCAL\n1 2 3 4 5 6 7 8\n"
     ), "a.mha", "as text"),
     "shorts for floats": (lambda p: p.write_bytes(
-        b"ObjectType = Image\nNDims = 3\nBinaryData = True\nDimSize = 9 8 7\nElementType = MET_FLOAT\nElementDataFile = LOCAL\n"
+        b"ObjectType = Image\nNDims = 3\nBinaryData = True\nDimSize = 9 8 7\nElementType = MET_FLOAT\n"
+        b"ElementDataFile = LOCAL\n"
         + VALUES.tobytes()
     ), "a.mha", "1008 of 2016 bytes"),
 }  # fmt: skip

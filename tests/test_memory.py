@@ -102,7 +102,19 @@ def test_what_has_no_header_is_left_to_the_reader(tmp_path):
 
 @pytest.mark.integration
 def test_the_figures_of_a_gpu_need_nothing_but_pytorch_and_monai():
-    blocked = ["itk", "nibabel", "pydicom", "psutil", "pynvml", "skimage", "ignite", "pywt", "pytorch_wavelets", "matplotlib", "yaml"]
+    blocked = [
+        "itk",
+        "nibabel",
+        "pydicom",
+        "psutil",
+        "pynvml",
+        "skimage",
+        "ignite",
+        "pywt",
+        "pytorch_wavelets",
+        "matplotlib",
+        "yaml",
+    ]
     program = (
         f"import sys; sys.path.insert(0, 'benchmarks'); sys.modules.update(dict.fromkeys({blocked!r})); import pipeline"
     )

@@ -219,7 +219,6 @@ def test_a_batch_holds_all_patients_where_there_are_fewer_than_it_asks_for(caplo
     assert [record.message for record in caplog.records] == ["batches of 3 patients instead of 8: there are no more"]
 
 
-
 def test_an_item_is_a_function_of_its_key():
     from monai.data import CacheDataset
     from monai.transforms import Compose, RandGaussianNoised

@@ -243,7 +243,7 @@ def test_copies_of_a_slice_count_once(tmp_path):
 
 def edit(folder: Path, change, only_one: bool = False) -> Path:
     paths = sorted(folder.iterdir())
-    for n, path in enumerate(paths[:1] if only_one else paths):
+    for path in paths[:1] if only_one else paths:
         item = pydicom.dcmread(path)
         change(item)
         item.save_as(path)

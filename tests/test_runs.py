@@ -43,7 +43,8 @@ trainer = workflow.parser.get_parsed_content("train#trainer")
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 if when == "step":
     from monai.engines import IterationEvents
-    trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, lambda e: die() if e.state.iteration == iteration else None)
+    die_at = lambda engine: die() if engine.state.iteration == iteration else None
+    trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, die_at)
 else:
     save = torch.save
     def half(content, path):
@@ -154,7 +155,7 @@ def test_two_processes_train_as_one_that_accumulates(name, phantoms, trained, tm
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(trained, phantoms):
-    with pytest.raises(SystemExit, match="holds a run already; go on with --resume true"):
+    with pytest.raises(SystemExit, match="holds a run already; continue it with --resume true"):
         train("train+train_autoencoder", **TRAINING, dataset_dir=str(phantoms), output_dir=str(trained / "ae"))
 
 
@@ -171,7 +172,7 @@ def test_a_complete_run_says_so(trained, phantoms):
 
 def test_a_checkpoint_of_another_network_is_refused(trained, phantoms):
     other = {**TRAINING, "autoencoder_channels": [8, 24], "max_epochs": 9}
-    with pytest.raises(SystemExit, match="of another model or config"):
+    with pytest.raises(SystemExit, match="belongs to another model or config"):
         train(
             "train+train_autoencoder", **other, dataset_dir=str(phantoms), output_dir=str(trained / "ae"), resume=True
         )
@@ -199,7 +200,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog
     fresh = Trainer()
     checkpoints.begin(fresh, resume=True)
     assert fresh.state.iteration == 1 and fresh.data_loader.batch_sampler.start == 1
-    assert network.weight[0, 0] == 1 and "taking the one before" in caplog.text
+    assert network.weight[0, 0] == 1 and "using the previous one" in caplog.text
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path):

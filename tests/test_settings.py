@@ -35,7 +35,18 @@ def test_the_defaults_of_every_config_are_allowed(path):
 def test_every_plain_value_of_the_inference_config_is_in_the_table_or_belongs_to_the_network():
     """So that a setting that changes the result cannot be forgotten in the record of a synthesis."""
     network = set(
-        ["latent_channels", "autoencoder_channels", "autoencoder_blocks", "stem", "wavelet", "denoiser_channels", "dsca", "prediction", "num_train_timesteps", "beta_end"]
+        [
+            "latent_channels",
+            "autoencoder_channels",
+            "autoencoder_blocks",
+            "stem",
+            "wavelet",
+            "denoiser_channels",
+            "dsca",
+            "prediction",
+            "num_train_timesteps",
+            "beta_end",
+        ]
     )
     components = {"handlers"}
     for name, value in ConfigParser.load_config_file(str(INFERENCE)).items():

@@ -169,8 +169,9 @@ def test_the_unet_baseline_trains_and_infers_by_the_same_overlay(phantoms, infer
         **{"network_def#channels": [4, 8], "network_def#strides": [2]},
     )
     workflow = ConfigWorkflow(
-        config_file=["configs/inference.yaml", "configs/baselines/unet.yaml"], workflow_type="infer", logging_file=False,
-        dataset_dir=str(phantoms / "p5/mr.nii.gz"), output_dir=str(tmp_path / "out"), roi_size=[32, 32, 32],
+        config_file=["configs/inference.yaml", "configs/baselines/unet.yaml"], workflow_type="infer",
+        logging_file=False, dataset_dir=str(phantoms / "p5/mr.nii.gz"), output_dir=str(tmp_path / "out"),
+        roi_size=[32, 32, 32],
         checkpoint=str(tmp_path / "unet/model.pt"), **{"network_def#channels": [4, 8], "network_def#strides": [2]},
     )  # fmt: skip
     workflow.initialize()

@@ -466,7 +466,7 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path, extension, before):
     if before is not None:
         path.write_bytes(before)
     values = RNG.integers(-1000, 1000, (16, 16, 16)).astype(np.int16)
-    with pytest.raises(Exception), full_disk():  # noqa: B017: each format's library has its own
+    with pytest.raises(Exception), full_disk():  # each format's library has its own
         write_volume(volume(values, OBLIQUE), path)
     assert files_in(tmp_path) == ([] if before is None else [path.name])
     assert before is None or path.read_bytes() == before

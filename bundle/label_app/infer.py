@@ -95,10 +95,8 @@ class Synthesis(InferTask):
 
     def _run(self, volume: dict[str, str], folder: str, settings: dict[str, Any]) -> dict[str, Any]:
         """The bundle's inference of one volume into ``folder``; its record as an answer to a client."""
-        workflow = inference_workflow(
-            logging_file=False, output_dir=folder, checkpoint=str(self.checkpoint()),
-            **{"dataset#data": [volume]}, **settings,
-        )  # fmt: skip
+        own: dict[str, Any] = {"output_dir": folder, "checkpoint": str(self.checkpoint()), "dataset#data": [volume]}
+        workflow = inference_workflow(logging_file=False, **own, **settings)
         try:
             workflow.run()
         except SystemExit as error:  # the road's way to end with a sentence

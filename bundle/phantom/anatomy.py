@@ -32,8 +32,11 @@ class Canvas:
         self.axes = axes
         self.labels = np.zeros([len(axis) for axis in axes], dtype=np.uint8)
 
-    def _box(self, low: np.ndarray, high: np.ndarray) -> tuple[tuple[slice, ...], list[np.ndarray]]:
-        box = tuple(slice(*np.searchsorted(axis, (a, b))) for axis, a, b in zip(self.axes, low, high))
+    def _box(self, low: np.ndarray, high: np.ndarray) -> tuple[tuple[slice, ...], tuple[np.ndarray, ...]]:
+        box = tuple(
+            slice(int(np.searchsorted(axis, a)), int(np.searchsorted(axis, b)))
+            for axis, a, b in zip(self.axes, low, high)
+        )
         return box, np.meshgrid(*(axis[part] for axis, part in zip(self.axes, box)), indexing="ij", sparse=True)
 
     def _paint(self, box: tuple[slice, ...], mask: np.ndarray, tissue: str, within: tuple[str, ...]) -> None:
@@ -196,9 +199,9 @@ def _head(canvas: Canvas) -> None:
 def _trunk_bones(canvas: Canvas, build: Build) -> None:
     """Spine with discs and cord, ribs, breastbone, collar bones and pelvis."""
     depth = -58 * build.girth
-    for z in np.arange(900, 1500, 32):
-        radius = np.interp(z, (900, 1500), (26, 15))
-        back = np.interp(z, (900, 1080, 1300, 1500), (depth + 6, depth + 14, depth - 6, -22))
+    for z in range(900, 1500, 32):
+        radius = float(np.interp(z, (900, 1500), (26, 15)))
+        back = float(np.interp(z, (900, 1080, 1300, 1500), (depth + 6, depth + 14, depth - 6, -22)))
         canvas.ball("cortex", (0, back, z), (radius, radius * 0.85, 14))
         canvas.ball("marrow", (0, back, z), (radius - 4, radius * 0.85 - 4, 11))
         canvas.rod("cortex", (0, back - 30, z - 6), (0, back - 44, z - 14), (6, 5))

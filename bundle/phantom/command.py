@@ -3,6 +3,7 @@ chain without data; and a small torso with known HU."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def torso_phantom(
 
 
 def whole_body_phantom(
-    height: float = 600.0, spacing: float = 2.0, seed: int = 0
+    height: float = 600.0, spacing: float = 2.0, seed: int | Sequence[int] = 0
 ) -> tuple[MetaTensor, MetaTensor, MetaTensor]:
     """A whole body whose build, organs, pose, contrast, bias field and noise come from ``seed``.
 
@@ -100,7 +101,7 @@ def whole_body_phantom(
 
 def _contrast(labels: np.ndarray, values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """``values`` of the tissues with 3 % of texture, blurred by partial volume; (D, H, W) float32."""
-    image = np.float32(values)[labels]
+    image = values.astype(np.float32)[labels]
     texture = ndimage.gaussian_filter(rng.normal(0, 1, labels.shape).astype(np.float32), 2)
     image = image + np.abs(image) * 0.03 * texture / texture.std() * (labels > 0)
     return ndimage.gaussian_filter(image, BLUR)

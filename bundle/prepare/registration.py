@@ -78,8 +78,8 @@ def register(
     if maps:
         files = [Path(parameters, f"{name}.txt") for name in maps]
         seen = mr.clamp(max=float(np.percentile(np.asarray(mr[0])[body], SEEN_MR))), ct.clamp(*SEEN_HU)
-        pair = [metatensor_to_itk_image(volume, channel_dim=0) for volume in seen]
-        found = _elastix(*pair, _mask_image(surround(body, mr, SEEN_AIR), mr), files)
+        seen_mr, seen_ct = (metatensor_to_itk_image(volume, channel_dim=0) for volume in seen)
+        found = _elastix(seen_mr, seen_ct, _mask_image(surround(body, mr, SEEN_AIR), mr), files)
         for number, name in enumerate(maps, start=1):
             transform = itk.ParameterObject.New()
             for n in range(number):
@@ -206,8 +206,8 @@ def mutual_information(mr: np.ndarray, ct: np.ndarray, mask: np.ndarray) -> floa
     and 99.5; NaN where the mask is empty."""
     if not mask.any():
         return float("nan")
-    values = [np.clip(v[mask], *np.percentile(v[mask], (0.5, 99.5))) for v in (mr, ct)]
-    joint, _, _ = np.histogram2d(*values, bins=BINS)
+    a, b = (np.clip(v[mask], *np.percentile(v[mask], (0.5, 99.5))) for v in (mr, ct))
+    joint, _, _ = np.histogram2d(a, b, bins=BINS)
     joint /= joint.sum()
     product = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
     filled = joint > 0

@@ -63,7 +63,7 @@ class Denoiser(nn.Module):
         return self.denoiser(x, timesteps)
 
 
-PARTS = {"encoder": Encoder, "denoiser": Denoiser, "decoder": Decoder}
+PARTS: dict[str, type[nn.Module]] = {"encoder": Encoder, "denoiser": Denoiser, "decoder": Decoder}
 OUTPUTS = {"encoder": "latent", "denoiser": "prediction", "decoder": "ct"}
 
 
@@ -129,11 +129,11 @@ def export(output: str, mr: str | None = None, config: str | Sequence[str] = (),
             torch.export.save(program, path.with_suffix(".pt2"))
             names = {"output_names": [OUTPUTS[part]]}
             torch.onnx.export(program, f=str(path), dynamo=True, verbose=False, external_data=False, **names)
-            error = difference(part, path, network, inputs_from(window, part, network))
-            if not error <= TOLERANCE:
-                raise InputError(f"{part}.onnx differs from PyTorch by {error:.2g}; nothing was written")
-            print(f"{part}: differs from PyTorch by {error:.1e} at most")
-            record["parts"][part] = {**signature(path), "largest_difference": error}
+            largest = difference(part, path, network, inputs_from(window, part, network))
+            if not largest <= TOLERANCE:
+                raise InputError(f"{part}.onnx differs from PyTorch by {largest:.2g}; nothing was written")
+            print(f"{part}: differs from PyTorch by {largest:.1e} at most")
+            record["parts"][part] = {**signature(path), "largest_difference": largest}
         Path(scratch, "export.json").write_text(json.dumps(record, indent=1) + "\n")
         Path(scratch, "mr.nii.gz").unlink(missing_ok=True)
         for path in sorted(Path(scratch).iterdir()):

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 
@@ -19,7 +20,7 @@ from custom_modules.errors import InputError
 from custom_modules.files import sha256, writable_or_stop
 
 # of the phantoms: a slab of a torso, so that a step with the whole networks takes seconds
-PHANTOM = {"shape": (40, 30, 8), "spacing": 8.0}
+PHANTOM: dict[str, Any] = {"shape": (40, 30, 8), "spacing": 8.0}
 SPLITS = {"training": 2, "validation": 1, "test": 1}
 
 

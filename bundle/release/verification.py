@@ -15,8 +15,9 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 PARTS = ("LICENSE", "configs", "custom_modules", "docs", "models")
 LIMIT = 25 * 10**6  # bytes; the model zoo takes no larger file
@@ -31,7 +32,7 @@ INFERENCE, METADATA = "configs/inference.yaml", "configs/metadata.json"
 STEP = {
     "roi_size": [32, 32, 32], "amp": False, "batch_size": 2, "steps_per_epoch": 1, "max_epochs": 1, "val_interval": 1,
 }  # fmt: skip
-STAGES = {
+STAGES: dict[str, dict[str, Any]] = {
     "train+train_autoencoder": {"adversarial_warmup": 0},
     "train": {"augmented_copies": 1, "autoencoder_checkpoint": "train+train_autoencoder/autoencoder.pt"},
     "train+finetune": {"augmented_copies": 1, "initial_checkpoint": "train/model.pt"},
@@ -155,7 +156,8 @@ def check_inference(data: Path, scratch: Path) -> str:
 
     mr = json.loads((data / "datalist.json").read_text())["test"][0]["image"]
     run("inference", scratch / "sct", dataset_dir=str(data / mr))
-    image, sct = nib.load(data / mr), nib.load(next((scratch / "sct").glob("*_sct.nii.gz")))
+    paths = data / mr, next((scratch / "sct").glob("*_sct.nii.gz"))
+    image, sct = (cast(nib.Nifti1Image, nib.load(path)) for path in paths)
     hu = np.asarray(sct.dataobj)
     if hu.dtype != np.int16 or hu.shape != image.shape or not np.allclose(sct.affine, image.affine):
         raise Failure(f"a synthetic CT of {hu.dtype}, {hu.shape} for an MR of {image.shape}")
@@ -212,7 +214,7 @@ def checks(root: Path, data: Path, scratch: Path, schema: Path | None) -> dict[s
         "data shape of network_def": check_data_shape,
         "load": lambda: check_loading(root),
         "inference on a phantom": lambda: check_inference(data, scratch),
-        **{f"a step of {name}": lambda name=name: check_stage(name, data, scratch) for name in STAGES},
+        **{f"a step of {name}": partial(check_stage, name, data, scratch) for name in STAGES},
         "evaluate": lambda: check_evaluation(data, scratch),
         "properties": lambda: check_properties(data, scratch),
         "stands alone": lambda: check_alone(root),

@@ -1,5 +1,5 @@
-"""What the compared diffusion models add to MONAI's networks, schedulers and inferers: the MR as their condition, and
-volumes slice by slice."""
+"""Diffusion models that 3D-WLDM is compared with: MONAI's networks, schedulers and inferers, with the MR as condition,
+and for volumes slice by slice."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ CONDITIONS = ("concat", "crossattn", "controlnet", "none")
 class ConditionalDiffusion(nn.Module):
     """MR to CT by a diffusion model of images or of latents, in 2D or 3D.
 
-    The MR enters by ``condition``: ``concat``, beside the noisy image; ``crossattn``, tokens of its latent and their
-    places, to which the U-Net attends (Rombach et al. 2022); ``controlnet``, a copied encoder that reads the MR itself
-    (Zhang et al. 2023); ``none``, not at all: what a ControlNet is put on.
+    ``condition`` says how the MR enters: ``concat``, as a further channel of the noisy image; ``crossattn``, as tokens
+    of its latent and their positions, to which the U-Net attends (Rombach et al. 2022); ``controlnet``, through a copied
+    encoder that reads the MR itself (Zhang et al. 2023); ``none``, not at all, as the model that a ControlNet extends.
 
     Args:
         unet: MONAI's ``DiffusionModelUNet``.
-        scheduler: of training, MONAI's ``DDPMScheduler``; its ``prediction_type`` says what the U-Net predicts, the noise
-            or the velocity.
-        autoencoder: MONAI's ``AutoencoderKL``, which stays frozen; images themselves when None.
+        scheduler: of training, MONAI's ``DDPMScheduler``; its ``prediction_type`` says whether the U-Net predicts the
+            noise or the velocity.
+        autoencoder: MONAI's ``AutoencoderKL``, which is frozen; when None, images are diffused themselves.
         controlnet: MONAI's ``ControlNet``.
-        position_channels: sine and cosine channels that tell a token's place; a multiple of 4 in 2D, of 6 in 3D.
+        position_channels: sine and cosine channels for the position of a token; a multiple of 4 in 2D, of 6 in 3D.
 
     Raises:
         ValueError: for another ``condition``, or ``controlnet`` without one.
@@ -61,7 +61,7 @@ class ConditionalDiffusion(nn.Module):
             autoencoder.requires_grad_(False)
 
     def encode(self, image: Tensor) -> Tensor:
-        """Image (N, 1, ...) to what is diffused: itself, or its latent by the posterior's mean."""
+        """Return what is diffused of an image (N, 1, ...): itself, or the mean of its posterior."""
         if self.autoencoder is None:
             return image
         with torch.no_grad():
@@ -74,7 +74,7 @@ class ConditionalDiffusion(nn.Module):
         return latent if self.autoencoder is None else self.autoencoder.decode(latent * self.latent_std)
 
     def context(self, mr: Tensor) -> Tensor | None:
-        """What MONAI's inferers take as condition: the MR (N, 1, ...), tokens (N, tokens, channels), or None."""
+        """Return the condition for MONAI's inferers: the MR (N, 1, ...), tokens (N, tokens, channels), or None."""
         if self.condition == "concat":
             return self.encode(mr)
         if self.condition != "crossattn":
@@ -84,27 +84,27 @@ class ConditionalDiffusion(nn.Module):
         place = build_sincos_position_embedding(size, self.position_channels, len(size)).to(latent)
         return torch.cat([latent.flatten(2).transpose(1, 2), place.expand(len(mr), -1, -1)], dim=2)
 
-    def _road(self, mr: Tensor) -> tuple[DiffusionInferer, dict[str, Any]]:
+    def _inferer(self, mr: Tensor) -> tuple[DiffusionInferer, dict[str, Any]]:
         if self.condition == "controlnet":
             return ControlNetDiffusionInferer(self.scheduler), {"controlnet": self.controlnet, "cn_cond": mr}
         return DiffusionInferer(self.scheduler), {"mode": "concat" if self.condition == "concat" else "crossattn"}
 
     def forward(self, mr: Tensor, ct: Tensor) -> tuple[Tensor, Tensor]:
-        """A training step's noise or velocity, predicted and true, at random timesteps."""
+        """Return the predicted and the true noise (or velocity) of a training step, at random timesteps."""
         clean = self.encode(ct)
         noise = torch.randn_like(clean)
         timesteps = torch.randint(self.scheduler.num_train_timesteps, (len(clean),), device=clean.device)
         velocity = self.scheduler.prediction_type == DDPMPredictionType.V_PREDICTION
         target = self.scheduler.get_velocity(clean, noise, timesteps) if velocity else noise
-        inferer, how = self._road(mr)
+        inferer, how = self._inferer(mr)
         return inferer(clean, self.unet, noise=noise, timesteps=timesteps, condition=self.context(mr), **how), target
 
     @torch.no_grad()
     def sample(self, mr: Tensor, sampler: Scheduler, steps: int) -> Tensor:
-        """Synthetic CT of MRs (N, 1, ...) by MONAI's ``DDPMScheduler`` or ``DDIMScheduler`` in ``steps`` steps, from
-        noise of PyTorch's generator."""
+        """Synthesise the CTs of MRs (N, 1, ...) with MONAI's ``DDPMScheduler`` or ``DDIMScheduler`` in ``steps`` steps,
+        from noise of PyTorch's generator."""
         sampler.set_timesteps(steps)
-        inferer, how = self._road(mr)
+        inferer, how = self._inferer(mr)
         noise = torch.randn_like(self.encode(mr))
         latent = inferer.sample(
             noise, self.unet, scheduler=sampler, conditioning=self.context(mr), verbose=False, **how
@@ -113,10 +113,11 @@ class ConditionalDiffusion(nn.Module):
 
 
 def add_controlnet(network: ConditionalDiffusion, path: str) -> ConditionalDiffusion:
-    """Give ``network`` the weights in ``path`` of the same diffusion model without a ControlNet, lock them, and copy
-    its encoder into the ControlNet, whose zero convolutions stay (Zhang et al. 2023). Ends the program where it
-    cannot."""
+    """Load the weights in ``path``, of the same diffusion model without a ControlNet, into ``network``, freeze them, and
+    copy its encoder into the ControlNet, whose zero convolutions are kept (Zhang et al. 2023). Ends the program if that
+    fails."""
     controlnet, network.controlnet = network.controlnet, None
+    assert controlnet is not None, "a network without a ControlNet"
     load_weights_or_stop(network, path)
     network.requires_grad_(False)
     controlnet.load_state_dict(network.unet.state_dict(), strict=False)
@@ -125,8 +126,8 @@ def add_controlnet(network: ConditionalDiffusion, path: str) -> ConditionalDiffu
 
 
 class NoiseLoss(nn.Module):
-    """L2 between predicted and true noise, or velocity, where the pair is valid (:func:`~custom_modules.training.losses.valid_voxels`): over
-    latent voxels that hold at most one invalid voxel in twenty."""
+    """L2 between predicted and true noise, or velocity, over latent voxels in which at most one image voxel in twenty is
+    invalid (:func:`~custom_modules.training.losses.valid_voxels`)."""
 
     def forward(self, output: tuple[Tensor, Tensor], valid: Tensor) -> Tensor:
         prediction, noise = output
@@ -136,7 +137,7 @@ class NoiseLoss(nn.Module):
 
 
 class AutoencoderKLLoss(nn.Module):
-    """L1 reconstruction + ``kl_weight`` times the mean KL of a latent element (Rombach et al. 2022) + ``adversary``."""
+    """L1 reconstruction + ``kl_weight`` times the mean KL per latent element (Rombach et al. 2022) + ``adversary``."""
 
     def __init__(self, adversary: Callable[[Tensor], Tensor], kl_weight: float = 2e-5) -> None:
         super().__init__()
@@ -149,7 +150,7 @@ class AutoencoderKLLoss(nn.Module):
 
 
 class PairedPrepareBatch(PrepareBatch):
-    """The MR as input, where the pair can teach as target, and the CT as the network's second argument."""
+    """The MR as input, the valid voxels of the pair as target, and the CT as the second argument of the network."""
 
     def __call__(
         self, batchdata: Mapping[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
@@ -159,7 +160,7 @@ class PairedPrepareBatch(PrepareBatch):
 
 
 class SlicePrepareBatch(PrepareBatch):
-    """Another ``prepare_batch`` on transverse slices: crops one voxel high, (N, 1, D, H, 1), as (N, 1, D, H)."""
+    """Runs another ``prepare_batch`` on transverse slices: crops one voxel high, (N, 1, D, H, 1), as (N, 1, D, H)."""
 
     def __init__(self, prepare_batch: PrepareBatch) -> None:
         self.prepare_batch = prepare_batch
@@ -170,13 +171,13 @@ class SlicePrepareBatch(PrepareBatch):
 
 
 class VolumeInferer(Inferer):
-    """A network's answer for a whole volume (1, 1, D, H, W) in RAS order, or its transverse slices put together.
+    """Applies a network to a whole volume (1, 1, D, H, W) in RAS order, or to its transverse slices.
 
     Args:
-        predict: (images, network) to images of the same size.
-        unit: voxels that sizes become multiples of; padding replicates the edge and is cut off again.
-        slices: transverse slices a batch; whole volumes when None.
-        seed: of PyTorch's generator, whose state comes back afterwards.
+        predict: maps (images, network) to images of the same size.
+        unit: sizes are padded to multiples of it by replicating the edge; the padding is removed from the result.
+        slices: transverse slices per batch; whole volumes when None.
+        seed: of PyTorch's generator, whose state is restored afterwards.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The adversarial baselines beside MONAI's networks: pix2pix (Isola et al. 2017) and CycleGAN (Zhu et al. 2017)."""
+"""Adversarial baselines with MONAI's networks: pix2pix (Isola et al. 2017) and CycleGAN (Zhu et al. 2017)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PairAdversary(Adversary):
 
 
 class Pix2PixLoss(nn.Module):
-    """L1 to the CT where the pair is valid, and the adversary's term for the pair of MR and synthetic CT."""
+    """L1 to the CT over valid voxels, and the adversarial term for the pair of MR and synthetic CT."""
 
     def __init__(self, adversary: PairAdversary) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Pix2PixLoss(nn.Module):
 
 
 class Pix2PixPrepareBatch(PrepareBatch):
-    """The MR as input, and as target the CT, where the pair can teach, and the MR for the discriminator."""
+    """The MR as input, and as target the CT, the valid voxels of the pair, and the MR for the discriminator."""
 
     def __call__(
         self, batchdata: Mapping[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
@@ -46,8 +46,8 @@ class Pix2PixPrepareBatch(PrepareBatch):
 
 
 class CycleGAN(nn.Module):
-    """Two generators, whose answers end in a tanh; with one argument MR to synthetic CT, with two all that the loss looks
-    at."""
+    """Two generators that end in a tanh. With one argument it maps MR to synthetic CT, with two it returns all images
+    that the loss needs."""
 
     def __init__(self, to_ct: nn.Module, to_mr: nn.Module) -> None:
         super().__init__()
@@ -65,8 +65,8 @@ class CycleGAN(nn.Module):
 
 
 class UnpairedPrepareBatch(PrepareBatch):
-    """MRs as input and, as second argument, the CTs of other patients of the batch: no pair meets. The target are both,
-    as two channels."""
+    """MRs as input and, as second argument, the CTs of other patients in the batch, so that nothing is paired. The
+    target is both, as two channels."""
 
     def __call__(
         self, batchdata: Mapping[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
@@ -77,7 +77,7 @@ class UnpairedPrepareBatch(PrepareBatch):
 
 
 class CycleLoss(nn.Module):
-    """Least squares of both discriminators + cycle consistency (10) + identity (5), L1, each a sum over MR and CT."""
+    """Least squares of both discriminators + L1 cycle consistency (10) + L1 identity (5), each summed over MR and CT."""
 
     def __init__(self, adversary: Adversary, cycle_weight: float = 10.0, identity_weight: float = 5.0) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class CycleLoss(nn.Module):
 
 
 class ByChannel(nn.Module):
-    """A discriminator for each channel of an image; answers as one, with the logits side by side."""
+    """One discriminator per channel of an image, with the logits of all as channels of one result."""
 
     def __init__(self, discriminators: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -101,25 +101,26 @@ class ByChannel(nn.Module):
 
 
 class ImagePool:
-    """The last generated images; half of what is answered is older (Shrivastava et al. 2017). Empty after a resume."""
+    """Pool of generated images, from which half of the returned images are older ones (Shrivastava et al. 2017). It is
+    empty after a resumption."""
 
     def __init__(self, size: int = 50) -> None:
         self.size, self.pool = size, []  # type: tuple[int, list[Tensor]]
 
     def __call__(self, images: Tensor) -> Tensor:
-        answer = []
+        returned = []
         for image in images:
             if len(self.pool) < self.size:
                 self.pool.append(image)
             elif torch.rand(()) < 0.5:
                 place = int(torch.randint(self.size, ()))
                 image, self.pool[place] = self.pool[place], image
-            answer.append(image)
-        return torch.stack(answer)
+            returned.append(image)
+        return torch.stack(returned)
 
 
 class UnpairedAdversary(Adversary):
-    """CycleGAN: both discriminators against MRs and CTs, with generated images from a pool."""
+    """CycleGAN: both discriminators, for MRs and for CTs, with generated images from a pool."""
 
     def __init__(self, *args: Any, pool: ImagePool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

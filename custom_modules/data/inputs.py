@@ -111,9 +111,9 @@ def _in_folder(root: Path) -> Found:
         found[one.address] = (parent / (name if alone else f"{name}_{_series_name(one)}"), one)
     _tell(root, others, [one for one in series if "#" in one.address])
     if not found and others:
-        names = ", ".join(path.name for path in others[:5])
+        listed = ", ".join(path.name for path in others[:5])
         raise InputError(
-            f"{root}: holds no volume that is read ({', '.join(EXTENSIONS)}, DICOM), only {names}; convert it"
+            f"{root}: holds no volume that is read ({', '.join(EXTENSIONS)}, DICOM), only {listed}; convert it"
         )
     return found
 

@@ -104,7 +104,7 @@ def _whole_numbers(path: Path, name: str, text: str | None) -> tuple[int, ...]:
 
 
 def _one_of(path: Path, name: str, text: str | None, known: tuple[str, ...] | dict[str, int]) -> str:
-    if text not in known:
+    if text is None or text not in known:
         raise InputError(f"{path}: cannot be read, its header has {name} '{(text or '')[:40]}', which is not read")
     return text
 

@@ -91,7 +91,9 @@ def check_pairs_or_stop(pairs: Mapping[str, Sequence[Pair]], least_patients: int
     problems = [f"split '{split}' is empty" for split, entries in pairs.items() if not entries]
     patients = len({pair["image"] for pair in pairs["training"]})
     if pairs["training"] and patients < least_patients:
-        problems.append(f"training needs at least {least_patients} different patients, the training split has {patients}")
+        problems.append(
+            f"training needs at least {least_patients} different patients, the training split has {patients}"
+        )
     digests: list[str] = [""] * len(items)
     if check_data:
         with ThreadPoolExecutor(4) as pool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import itk
 import nibabel as nib
@@ -100,9 +100,10 @@ def volume_files(path: str | Path) -> list[Path]:
 
 def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Array, affine in mm as nibabel has it, and the header's own spacing, which nibabel repairs as it loads."""
-    image, unit = nib.load(path), 1.0
-    check_nifti(path, image.dataobj.offset, image.dataobj.shape, image.dataobj.dtype.itemsize)
-    with nib.openers.ImageOpener(path) as file:
+    image, unit = cast(nib.Nifti1Image, nib.load(path)), 1.0
+    stored = cast(nib.arrayproxy.ArrayProxy, image.dataobj)
+    check_nifti(path, stored.offset, stored.shape, stored.dtype.itemsize)
+    with nib.openers.ImageOpener(str(path)) as file:
         header = type(image.header).from_fileobj(file, check=False)
     if "xyzt_units" in header:
         unit = NIFTI_UNITS.get(image.header.get_xyzt_units()[0], 1.0)
@@ -134,12 +135,14 @@ def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray, None]:
 
 def read_grid(path: str | Path) -> tuple[tuple[int, ...], tuple[float, ...]] | None:
     """Shape and spacing (mm) of a volume by its header alone, or None where it has none that can be used."""
+    shape: Sequence[int]
+    spacing: Sequence[float]
     try:
         _check_file(path)
         if is_series(path):
             shape, spacing = series_grid(series_at(path))
         elif str(path).lower().endswith((".nii", ".nii.gz")):
-            header = nib.load(path).header
+            header = cast(nib.Nifti1Image, nib.load(path)).header
             unit = NIFTI_UNITS.get(header.get_xyzt_units()[0], 1.0) if "xyzt_units" in header else 1.0
             shape, spacing = header.get_data_shape()[:3], [float(zoom) * unit for zoom in header.get_zooms()[:3]]
         else:

@@ -1,6 +1,6 @@
-"""What a synthetic CT is scored by, on the CT's own grid and inside the body: errors in HU, similarity, overlap.
+"""Metrics of a synthetic CT, on the grid of the CT and inside the body: errors in HU, similarity, overlap.
 
-Two protocols name how HU are clipped before: ``paper`` and ``synthrad2025``, that of the SynthRAD2025 challenge.
+Two protocols define how HU are clipped before: ``paper``, and ``synthrad2025`` of the SynthRAD2025 challenge.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from custom_modules.data.hu import TISSUES, Window, tissue
 
-Metric = Callable[[np.ndarray, np.ndarray, np.ndarray], float]
+Metric = Callable[..., float]  # of (pred, ct, mask); some take ``window`` and ``outside`` too
 
 PAPER_HU = (-800.0, 800.0)
 SYNTHRAD_HU = (-1024.0, 3071.0)
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # weights of MS-SSIM (Wang et al. 2003), finest first
 SSIM_WINDOW = 7  # voxels; uniform
-SMALLEST = (SSIM_WINDOW - 1) * 2 ** (len(SCALES) - 1) + 1  # voxels a side that five scales need
+SMALLEST = (SSIM_WINDOW - 1) * 2 ** (len(SCALES) - 1) + 1  # voxels per side that five scales need
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:
-    """Dice overlap of two masks; NaN, not defined, when both are empty."""
+    """Dice overlap of two masks; NaN (not defined) when both are empty."""
     total = int(a.sum()) + int(b.sum())
     return 2 * int((a & b).sum()) / total if total else float("nan")
 
@@ -59,12 +59,12 @@ def tissue_bias(
 
 
 def tissue_dice(pred: np.ndarray, ct: np.ndarray, mask: np.ndarray, *, name: str) -> float:
-    """Overlap of what is one tissue by its HU in both."""
+    """Dice overlap of one tissue, defined by its HU in both."""
     return dice(tissue(pred[mask], name), tissue(ct[mask], name))
 
 
 def psnr(pred: np.ndarray, ct: np.ndarray, mask: np.ndarray, window: Window = PAPER_HU) -> float:
-    """Peak signal-to-noise ratio in dB, HU clipped to ``window``, whose extent is the range; infinite without error."""
+    """Peak signal-to-noise ratio in dB, HU clipped to ``window``, whose width is the range; infinite without error."""
     a, b = _inside(pred, ct, mask, window)
     if not a.size:
         return float("nan")
@@ -82,11 +82,11 @@ def ncc(pred: np.ndarray, ct: np.ndarray, mask: np.ndarray, window: Window = PAP
 def ssim(
     pred: np.ndarray, ct: np.ndarray, mask: np.ndarray, window: Window = PAPER_HU, outside: float | None = None
 ) -> float:
-    """Mean over the mask of scikit-image's map of structural similarity (7^3, uniform), HU clipped to ``window``, whose
-    extent is the range.
+    """Structural similarity: mean over the mask of scikit-image's map (7^3, uniform), HU clipped to ``window``, whose
+    width is the range.
 
     Args:
-        outside: HU that both get outside the mask; None leaves what is there.
+        outside: HU that both are set to outside the mask; None leaves them unchanged.
     """
     if min(ct.shape) < SSIM_WINDOW:
         return float("nan")
@@ -99,45 +99,45 @@ def ms_ssim(
     """Multi-scale structural similarity as the SynthRAD2025 challenge computes it.
 
     At each of five scales the map of structural similarity, luminance included, is raised to the scale's weight and
-    averaged over the mask, less a border of 3; the answer is the product. Volumes are padded by their edge to 97 a
-    side. The next scale takes every other voxel of the mean over 2^3, that of the first with the zeros before it, and
-    every other voxel of the mask.
+    averaged over the mask without a border of 3 voxels; the result is the product. Volumes are padded to 97 voxels per
+    side by replicating the edge. The next scale has every other voxel of the mean over 2^3 (with zeros before the first
+    voxel) and every other voxel of the mask.
     """
     margins = [((n := max(SMALLEST - size, 0)) // 2, n - n // 2) for size in ct.shape]
-    # from 0, the lowest value, on: beyond the volume there is air
-    images = [np.pad(x - window[0], margins, mode="edge") for x in _prepared(pred, ct, mask, window, outside)]
+    # shifted so that the lowest value is 0: beyond the volume there is air
+    a, b = (np.pad(x - window[0], margins, mode="edge") for x in _prepared(pred, ct, mask, window, outside))
     mask = np.pad(mask, margins, mode="edge")
     border = (slice(SSIM_WINDOW // 2, -(SSIM_WINDOW // 2)),) * 3
     product = 1.0
     for weight in SCALES:
-        similarity = _ssim_map(*images, window)[border][mask[border]].clip(min=0)
+        similarity = _ssim_map(a, b, window)[border][mask[border]].clip(min=0)
         product *= _mean(similarity**weight)
         every_other = (slice(None, None, 2),) * 3
-        images = [uniform_filter(x, 2, mode="constant")[every_other] for x in images]
+        a, b = (uniform_filter(x, 2, mode="constant")[every_other] for x in (a, b))
         mask = mask[every_other]
     return product
 
 
 def slice_inconsistency(pred: np.ndarray, ct: np.ndarray, mask: np.ndarray, axis: int = -1) -> float:
-    """Mean absolute difference of neighbours along ``axis``, of the prediction over that of the CT, where both neighbours
-    are in the mask: 1 is the CT's own, more is flicker from slice to slice, less is blur."""
+    """Mean absolute difference of neighbours along ``axis`` in the prediction, divided by that in the CT, where both
+    neighbours are in the mask. 1 is as in the CT; more is flicker from slice to slice, less is blur."""
     both = np.minimum(*(np.take(mask, range(n, n + mask.shape[axis] - 1), axis) for n in (0, 1)))
     own, real = (_mean(np.abs(np.diff(x.astype(np.float64), axis=axis))[both]) for x in (pred, ct))
     return own / real if real else float("nan")
 
 
 def _inside(pred: np.ndarray, ct: np.ndarray, mask: np.ndarray, window: Window | None) -> tuple[np.ndarray, np.ndarray]:
-    """Both over the mask as float64, clipped to ``window`` where there is one."""
+    """Return both over the mask as float64, clipped to ``window`` if it is given."""
     a, b = (x[mask].astype(np.float64) for x in (pred, ct))
     return (a, b) if window is None else (a.clip(*window), b.clip(*window))
 
 
 def _prepared(
     pred: np.ndarray, ct: np.ndarray, mask: np.ndarray, window: Window, outside: float | None
-) -> tuple[np.ndarray, ...]:
-    """Both volumes as float64, clipped to ``window`` and, unless None, ``outside`` beyond the mask."""
-    volumes = (x.astype(np.float64).clip(*window) for x in (pred, ct))
-    return tuple(x if outside is None else np.where(mask, x, outside) for x in volumes)
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return both volumes as float64, clipped to ``window`` and set to ``outside``, unless None, beyond the mask."""
+    a, b = (x.astype(np.float64).clip(*window) for x in (pred, ct))
+    return (a, b) if outside is None else (np.where(mask, a, outside), np.where(mask, b, outside))
 
 
 def _ssim_map(a: np.ndarray, b: np.ndarray, window: Window) -> np.ndarray:
@@ -158,22 +158,22 @@ METRICS: dict[str, Metric] = {
 
 
 def protocol(errors: Window | None, similarity: Window, outside: float | None) -> dict[str, Metric]:
-    """All metrics under one convention.
+    """Return all metrics under one convention.
 
     Args:
-        errors: HU that errors are clipped to before; None takes HU as they are.
-        similarity: HU that similarities are clipped to, and their range.
-        outside: HU outside the mask, for those that look at neighbours; None leaves what is there.
+        errors: window to which HU are clipped before errors are computed; None does not clip.
+        similarity: window to which HU are clipped before similarities are computed, and their range.
+        outside: HU outside the mask, for metrics that compare neighbourhoods; None leaves them unchanged.
     """
-    made = {}
+    metrics: dict[str, Metric] = {}
     for name, metric in METRICS.items():
         if name in ("psnr", "ncc"):
-            made[name] = partial(metric, window=similarity)
+            metrics[name] = partial(metric, window=similarity)
         elif name in ("ssim", "ms_ssim"):
-            made[name] = partial(metric, window=similarity, outside=outside)
+            metrics[name] = partial(metric, window=similarity, outside=outside)
         else:
-            made[name] = metric if name.endswith("_dice") else partial(metric, window=errors)
-    return made
+            metrics[name] = metric if name.endswith("_dice") else partial(metric, window=errors)
+    return metrics
 
 
 PROTOCOLS = {
@@ -183,7 +183,7 @@ PROTOCOLS = {
 
 
 def score(pred: np.ndarray, ct: np.ndarray, mask: np.ndarray, protocol: str = "synthrad2025") -> dict[str, float]:
-    """Every metric of ``pred`` against ``ct``, both (D, H, W) HU, over ``mask``; NaN where one is not defined.
+    """Compute every metric of ``pred`` against ``ct``, both (D, H, W) HU, over ``mask``; NaN where it is not defined.
 
     Args:
         protocol: a key of :data:`PROTOCOLS`.
@@ -195,13 +195,13 @@ def score(pred: np.ndarray, ct: np.ndarray, mask: np.ndarray, protocol: str = "s
 class InBodyScore(CumulativeIterationMetric):
     """One metric as a MONAI metric, for Ignite engines.
 
-    Called with a list of predictions and one of (CT, mask) pairs, images in [-1, 1]; the mean over volumes where it is
-    defined.
+    It is called with a list of predictions and one of (CT, mask) pairs, images in [-1, 1]. The result is the mean over
+    the volumes where the metric is defined.
 
     Args:
         name: a key of :data:`METRICS`.
         hu_window: HU of [-1, 1].
-        protocol: a key of :data:`PROTOCOLS`; each metric's own default when None.
+        protocol: a key of :data:`PROTOCOLS`; the default arguments of the metric when None.
     """
 
     def __init__(self, name: str, hu_window: Window, protocol: str | None = None) -> None:

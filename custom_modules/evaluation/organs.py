@@ -20,21 +20,23 @@ SEGMENTER = "TotalSegmentator"
 
 
 def organ_dice(patient: str, ct: str | Path, sct: str | Path, labels: str | Path | None) -> dict[str, Any]:
-    """Dice of each class of the CT's labels, ``dice_<class>``, and their mean, ``organ_dice``; ``organs`` says of what.
+    """Compute the Dice of each class of the CT's labels, ``dice_<class>``, and their mean, ``organ_dice``; ``organs``
+    describes the classes in words.
 
-    A class that the synthetic CT's labels miss has a Dice of 0; one that only they have is named and not averaged.
+    A class that is missing in the labels of the synthetic CT has a Dice of 0; one that only they have is named and not
+    averaged.
 
     Args:
-        labels: folder of ``<patient>_ct`` and ``<patient>_sct``; when None, TotalSegmentator makes them where it is
-            installed, and else nothing is computed.
+        labels: folder with ``<patient>_ct`` and ``<patient>_sct``; when None, TotalSegmentator makes them if it is
+            installed; otherwise nothing is computed.
 
     Raises:
-        InputError: for a label volume that is missing, unreadable, on another grid, of no labels, or of other classes.
+        InputError: for a label volume that is missing, unreadable, on another grid, not of labels, or of other classes.
     """
     if labels is not None:
         return _compare(*(_find(Path(labels), f"{patient}_{kind}") for kind in ("ct", "sct")))
     if shutil.which(SEGMENTER) is None:
-        return {"organs": f"not computed: neither label volumes nor {SEGMENTER}"}
+        return {"organs": f"not computed: neither label volumes nor {SEGMENTER} available"}
     with tempfile.TemporaryDirectory() as folder:
         return _compare(*(_segment(path, Path(folder) / f"{kind}.nii.gz") for kind, path in (("ct", ct), ("sct", sct))))
 
@@ -62,7 +64,7 @@ def _compare(ct: Path, sct: Path) -> dict[str, Any]:
     a, b = (np.asarray(volume[0]).astype(int) for volume in volumes)
     classes, others = (set(np.unique(x)) - {0} for x in (a, b))
     if not classes or 2 * len(classes & others) < len(classes | others):
-        raise InputError(f"{sct}: classes {_list(others)} are other than those of {ct}, {_list(classes)}")
+        raise InputError(f"{sct}: classes {_list(others)} differ from those of {ct}, {_list(classes)}")
     values = {f"dice_{label}": dice(a == label, b == label) for label in sorted(classes)}
     text = [f"{len(classes)} classes"]
     text += [f"only in the CT: {_list(classes - others)}"] * bool(classes - others)
@@ -74,7 +76,7 @@ def _read_labels(path: Path) -> MetaTensor:
     volume = read_volume(path)
     values = np.asarray(volume)
     if values.min() < 0 or (values != values.round()).any():
-        raise InputError(f"{path}: not a label volume, its values are not whole numbers from 0 on")
+        raise InputError(f"{path}: not a label volume, its values are not whole numbers of at least 0")
     return volume
 
 

@@ -1,4 +1,4 @@
-"""Scores of a split of a datalist by patient, beside trivial baselines, and what they say about the cohort."""
+"""Scores of a split of a datalist by patient, together with trivial baselines, and summaries of the cohort."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ RESAMPLES = 9999
 class Evaluation:
     """Synthesises the MRs of a split and scores them on their own grid against the CTs (``label``).
 
-    Writes below ``output_dir`` the synthetic CTs, ``metrics.csv`` (a row a patient and system) and ``metrics.json``
+    Writes to ``output_dir`` the synthetic CTs, ``metrics.csv`` (one row per patient and system) and ``metrics.json``
     (mean, SD, median and the bootstrap 95 % interval of the mean). The systems are the predictions and two baselines:
-    0 HU everywhere, and the training patients' mean HU for each MR intensity. A patient who cannot be scored has a row
-    with the reason and is in no mean; the program then ends with the list of them.
+    0 HU everywhere, and the mean HU of the training patients for each MR intensity. A patient who cannot be scored has a
+    row with the reason and is left out of all means; the program then ends with a list of these patients.
 
     Args:
         dataset_dir: folder that the datalist's paths are relative to.
         datalist: MONAI datalist; ``DATASET_DIR/datalist.json`` when None.
         split: of the datalist.
-        output_dir: where results go.
-        pred_dir: finished synthetic CTs, ``<patient>_sct`` with any extension, with their SD, if any, as
+        output_dir: folder for the results.
+        pred_dir: folder of finished synthetic CTs, ``<patient>_sct`` with any extension, and their SD, if any, as
             ``<patient>_sct_sd``; synthesised when None.
-        labels: folder of organ labels, ``<patient>_ct`` and ``<patient>_sct``; by TotalSegmentator, where it is
+        labels: folder of organ labels, ``<patient>_ct`` and ``<patient>_sct``; made by TotalSegmentator, if it is
             installed, when None.
         config: overlays on inference.yaml for other networks, such as configs/baselines/unet.yaml.
         name: of the system in the rows.
-        settings: of inference.yaml, in place of its own; None leaves one as it is.
+        settings: changed settings of inference.yaml; those that are None keep their default.
     """
 
     def __init__(
@@ -77,19 +77,19 @@ class Evaluation:
 
     @cached_property
     def pairs(self) -> list[dict[str, str]]:
-        """Of the split, each with ``patient``."""
+        """Pairs of the split, each with ``patient``."""
         return self._splits[self.split]
 
     @cached_property
     def _splits(self) -> dict[str, list[dict[str, str]]]:
-        """The split and, for the MR lookup, the training split where there is one."""
+        """Pairs of the split and, for the MR lookup, of the training split if there is one."""
         try:
             return load_pairs(self.path, self.dataset_dir, list(dict.fromkeys((self.split, "training"))))
         except InputError:
             return load_pairs(self.path, self.dataset_dir, [self.split])
 
     def run(self) -> list[Row]:
-        """All of it; the rows of ``metrics.csv``."""
+        """Synthesise, score and write everything; return the rows of ``metrics.csv``."""
         try:
             self._check()
             if self.pred_dir is None:
@@ -104,15 +104,15 @@ class Evaluation:
         problems = [f"  {row['patient']}: {row['problem']}" for row in rows if row["problem"]]
         if problems:
             total = len(self.pairs)
-            stop(f"{len(problems)} of {total} patients are not, or not wholly, scored:\n" + "\n".join(problems))
+            stop(f"{len(problems)} of {total} patients are not, or only partly, scored:\n" + "\n".join(problems))
         return rows
 
     def _check(self) -> None:
-        """Refuse, before anything is computed, what can be told from the names."""
+        """Raise InputError for what is wrong with folders and names, before anything is computed."""
         for name in ("pred_dir", "labels"):
             folder = getattr(self, name)
             if folder is not None and not Path(folder).is_dir():
-                raise InputError(f"{folder}: no such folder; --{name} takes one")
+                raise InputError(f"{folder}: no such folder; --{name} must be one")
         if not self.pairs:
             raise InputError(f"{self.path}: split '{self.split}' is empty")
         patients = [pair["patient"] for pair in self.pairs]
@@ -123,7 +123,7 @@ class Evaluation:
             inside(self.output_dir, patient)
 
     def synthesize(self) -> None:
-        """Run inference.yaml on the MRs of the split. Volumes that fail are left to :meth:`score` to report."""
+        """Run inference.yaml on the MRs of the split. Volumes that fail are reported by :meth:`score`."""
         volumes = []
         for pair in self.pairs:
             output = f"{pair['patient']}_sct.nii.gz"
@@ -141,7 +141,7 @@ class Evaluation:
             logger.exception("some volumes were not synthesised", exc_info=False)
 
     def score(self) -> list[Row]:
-        """The rows of all patients and systems."""
+        """Return the rows of all patients and systems."""
         rows = []
         for pair in tqdm(self.pairs, desc="scoring", unit="patient"):
             try:
@@ -168,17 +168,19 @@ class Evaluation:
 
     @cached_property
     def lookup(self) -> np.ndarray | None:
-        """Of the training split; None where there is none, or a volume of it cannot be read."""
+        """Mean HU of each MR intensity in the training split; None without that split, or if it cannot be read."""
         try:
             return fit_lookup(self._splits["training"]) if self._splits.get("training") else None
         except InputError as error:
-            logger.warning("no MR lookup beside the scores: %s", error)
+            logger.warning("scores without the MR lookup baseline: %s", error)
             return None
 
     def summary(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """What ``metrics.json`` holds."""
+        """Return the content of ``metrics.json``."""
         systems = list(dict.fromkeys(row["system"] for row in rows))
-        files = {pair["patient"]: {"image": pair["image"], "label": pair["label"]} for pair in self.pairs}
+        files: dict[str, dict[str, Any]] = {
+            pair["patient"]: {"image": pair["image"], "label": pair["label"]} for pair in self.pairs
+        }
         for row in rows:
             if row["system"] == self.name:
                 files[row["patient"]] |= {key: row.get(key) for key in ("sct", "problem", "organs", "curves")}
@@ -193,7 +195,7 @@ class Evaluation:
 
 
 def fit_lookup(pairs: Sequence[Mapping[str, str]]) -> np.ndarray:
-    """Mean HU of each MR intensity (bins of 10 units) over the bodies of ``pairs``: what intensity alone can tell."""
+    """Return the mean HU of each MR intensity (bins of 10 units) over the bodies of ``pairs``."""
     bins = int(LOOKUP_TOP / LOOKUP_BIN) + 1
     total, count = np.zeros(bins), np.zeros(bins)
     for pair in pairs:
@@ -211,11 +213,11 @@ def _lookup_index(mr: np.ndarray) -> np.ndarray:
 
 
 def score_patient(pair: Mapping[str, str], sct: Path, lookup: np.ndarray | None, name: str = "3D-WLDM") -> list[Row]:
-    """Rows of one patient: the prediction, with its bias near cut surfaces and inside, and the baselines. Where there
-    is a volume of the samples' SD beside the prediction, its row says how well it tells the error.
+    """Return the rows of one patient: the prediction, with its bias near cut surfaces and inside, and the baselines. If
+    the SD of the samples lies next to the prediction, its row also has scores of how well SD predicts the error.
 
     Raises:
-        InputError: for volumes that cannot be read, are on different grids or not in HU.
+        InputError: for volumes that cannot be read, are on different grids or are not in HU.
     """
     mr, label, pred = read_volume(pair["image"]), read_volume(pair["label"]), read_volume(sct)
     for volume in (pred, mr):
@@ -236,7 +238,7 @@ def score_patient(pair: Mapping[str, str], sct: Path, lookup: np.ndarray | None,
     rows[0]["slice_inconsistency"] = slice_inconsistency(pred, ct, mask, axial)
     rows[0].update(sct=str(sct), border_bias=bias(pred, ct, near), inside_bias=bias(pred, ct, mask & ~near))
     if not mask.any():
-        rows[0]["problem"] = f"{pair['label']}: no body in it where the MR has signal; no metric is defined"
+        rows[0]["problem"] = f"{pair['label']}: no body where the MR has signal; no metric is defined"
     sd = beside(sct, "_sd")
     if sd.exists():
         volume = read_volume(sd)
@@ -252,7 +254,7 @@ def _scores(pred: np.ndarray, ct: np.ndarray, mask: np.ndarray) -> dict[str, flo
 
 
 def near_border(shape: tuple[int, ...], spacing: np.ndarray) -> np.ndarray:
-    """Voxels within 6 mm of a face of the field of view; in the body, these are at a cut surface."""
+    """Return the voxels within 6 mm of a face of the field of view; in the body, these are at a cut surface."""
     near = np.zeros(shape, dtype=bool)
     for axis, (size, step) in enumerate(zip(shape, spacing)):
         index = np.arange(size)
@@ -262,8 +264,8 @@ def near_border(shape: tuple[int, ...], spacing: np.ndarray) -> np.ndarray:
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
-    """Each number of the rows of one system over the patients where it is defined: ``mean``, ``sd``, ``median``,
-    ``ci95`` (of the mean), ``n``, and the patients of whom it is ``not_defined``."""
+    """Summarise each number in the rows of one system over the patients for whom it is defined: ``mean``, ``sd``,
+    ``median``, ``ci95`` (of the mean), ``n``, and the patients for whom it is ``not_defined``."""
     names = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, float))
     result = {}
     for name in names:
@@ -285,8 +287,8 @@ def _statistics(values: np.ndarray) -> dict[str, Any]:
 
 
 def across_patients(rows: Sequence[Row]) -> dict[str, Any] | None:
-    """What only the cohort tells about SD: its rank correlation with the error by patient, and the mean sparsification
-    curves; None without SD."""
+    """Return the statistics of SD over the cohort: its rank correlation with the error by patient, and the mean
+    sparsification curves; None without SD."""
     rows = [row for row in rows if "curves" in row]
     if not rows:
         return None
@@ -296,7 +298,7 @@ def across_patients(rows: Sequence[Row]) -> dict[str, Any] | None:
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """A line a row; ``nan`` is what is not defined, an empty cell what does not apply."""
+    """Write one line per row; ``nan`` means not defined, an empty cell not applicable."""
     fields = list(dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, dict)))
     fields.append(fields.pop(fields.index("problem")))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -310,7 +312,7 @@ SHOWN = ["mae", "bias", "rmse", "psnr", "ssim", "ms_ssim", "ncc", "soft_mae", "b
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """Both protocols as tables: the patients, and under them the mean of every system where it is defined."""
+    """Print both protocols as tables: the patients, and below them the mean of every system over defined values."""
     systems = list(dict.fromkeys(row["system"] for row in rows))
     for protocol in PROTOCOLS:
         names = [f"{protocol}_{metric}" for metric in SHOWN if metric in METRICS]

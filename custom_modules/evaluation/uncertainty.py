@@ -1,4 +1,5 @@
-"""How unsure a synthetic CT is: the spread of its samples in HU, scaled to the error, and how well the two agree."""
+"""Uncertainty of a synthetic CT: the standard deviation of its samples in HU, scaled to the error, and how well the two
+agree."""
 
 from __future__ import annotations
 
@@ -14,29 +15,29 @@ from custom_modules.data.hu import TISSUES, tissue
 logger = logging.getLogger(__name__)
 
 LEVELS = (0.5, 0.8, 0.95)  # of the intervals whose coverage is reported
-FLOOR_HU = 1.0  # CT is stored in whole HU: no spread is known better
+FLOOR_HU = 1.0  # smallest SD, because CTs are stored in whole HU
 BINS = 20
 FRACTIONS = np.linspace(0, 0.95, 20)  # of voxels left out, most uncertain first
 
 
 def fit_scale(errors: Sequence[np.ndarray], spreads: Sequence[np.ndarray]) -> float:
-    """The one scalar that calibrates SD to error (sigma scaling, Laves et al. 2020): the root of the mean of
-    (error / SD)^2, the most likely scale of Gaussian errors; patients weigh the same.
+    """Fit the scalar that calibrates SD to error (sigma scaling, Laves et al. 2020): the root of the mean of
+    (error / SD)^2, which is the maximum likelihood scale of Gaussian errors. All patients have the same weight.
 
     Args:
-        errors, spreads: of each patient, voxels in HU.
+        errors, spreads: error and SD of each patient's voxels, in HU.
     """
     ratios = [np.mean((error / np.maximum(spread, FLOOR_HU)) ** 2) for error, spread in zip(errors, spreads)]
     return float(np.sqrt(np.mean(ratios)))
 
 
 def _z(level: float) -> float:
-    """Half-width of the central interval of a standard normal distribution."""
+    """Return the half-width of the central interval of a standard normal distribution."""
     return float(norm.ppf((1 + level) / 2))
 
 
 def coverage(error: np.ndarray, sd: np.ndarray, level: float) -> float:
-    """Share of voxels whose error lies in the central ``level`` interval of a normal distribution of ``sd``."""
+    """Fraction of voxels whose error lies in the central ``level`` interval of a normal distribution of ``sd``."""
     if not error.size:
         return float("nan")
     return float(np.mean(np.abs(error) <= _z(level) * np.maximum(sd, FLOOR_HU)))
@@ -63,7 +64,7 @@ def spearman(error: np.ndarray, sd: np.ndarray) -> float:
 
 
 def sparsification(error: np.ndarray, ranking: np.ndarray) -> np.ndarray:
-    """Mean absolute error of what stays when the voxels highest in ``ranking`` are left out, at each of
+    """Mean absolute error of the remaining voxels when those highest in ``ranking`` are left out, at each of
     :data:`FRACTIONS`. Ranked by SD it should fall; ranked by the absolute error itself it is the best possible."""
     if not error.size:
         return np.full(len(FRACTIONS), np.nan)
@@ -74,7 +75,7 @@ def sparsification(error: np.ndarray, ranking: np.ndarray) -> np.ndarray:
 
 
 def assess(pred: np.ndarray, ct: np.ndarray, sd: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
-    """All of the above for one patient, (D, H, W) HU each over ``mask``; coverage also by tissue of the CT.
+    """Compute all of the above for one patient, (D, H, W) HU each, over ``mask``; coverage also by tissue of the CT.
 
     Returns:
         Numbers by name, and the curves ``sparsification`` and ``oracle`` at :data:`FRACTIONS`.
@@ -87,6 +88,6 @@ def assess(pred: np.ndarray, ct: np.ndarray, sd: np.ndarray, mask: np.ndarray) -
             values[f"{prefix}coverage_{level * 100:g}"] = coverage(error[part], spread[part], level)
     values.update(ence=ence(error, spread), spearman=spearman(error, spread))
     curve, best = sparsification(error, spread), sparsification(error, np.abs(error))
-    # area between the curves, over the error of all voxels: 0 is a perfect ranking
+    # area between the curves divided by the error of all voxels: 0 is a perfect ranking
     values["ause"] = float(np.trapezoid(curve - best, FRACTIONS) / curve[0]) if curve[0] else float("nan")
     return {**values, "sparsification": curve.tolist(), "oracle": best.tolist()}

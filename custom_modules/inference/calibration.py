@@ -1,4 +1,4 @@
-"""The spread of samples in HU, scaled to the error."""
+"""The standard deviation of samples in HU, scaled to the error."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Calibration:
     """The scale of :func:`fit_scale` as it was stored with the weights.
 
     Args:
-        path: JSON of ``python -m bundle calibrate``; None, or a file that is not there, leaves SD as it is.
-        checkpoint: weights in use; a scale that was fitted with others is not taken, and the log says so.
-        settings: by which samples are drawn; the log says where they differ from those of the fit.
+        path: JSON of ``python -m bundle calibrate``; None, or a missing file, leaves SD as it is.
+        checkpoint: weights in use; a scale that was fitted with others is ignored with a warning.
+        settings: sampling settings; a warning is logged where they differ from those of the fit.
     """
 
     def __init__(self, path: str | Path | None, checkpoint: str | Path, settings: Mapping[str, Any]) -> None:
@@ -31,7 +31,7 @@ class Calibration:
 
     @cached_property
     def scale(self) -> float | None:
-        """The factor on SD; None where none is known."""
+        """The factor on SD, or None without one for these weights."""
         if not self.path or not Path(self.path).is_file():
             logger.warning("SD is not calibrated: no %s", self.path)
             return None
@@ -46,11 +46,11 @@ class Calibration:
 
 
 class SplitSpreadd(MapTransform):
-    """Of an answer with two channels take the second, the samples' standard deviation, to ``sd`` in calibrated HU.
+    """Move the second channel of a result with two, the standard deviation of the samples, to ``sd`` in calibrated HU.
 
     Args:
         hu_window: HU of [-1, 1].
-        calibration: brings the scale.
+        calibration: gives the scale.
     """
 
     def __init__(self, keys: KeysCollection, hu_window: tuple[float, float], calibration: Calibration) -> None:

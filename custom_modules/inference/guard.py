@@ -1,4 +1,4 @@
-"""Does this MR look like those that the weights have learned from? A check before synthesis, with reasons."""
+"""Check before synthesis, with reasons, whether an MR looks like those that the weights were trained on."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from custom_modules.tiling import pad_to_windows
 logger = logging.getLogger(__name__)
 
 HISTOGRAM = np.linspace(-1, 1, 33)  # bin edges, normalised MR
-CROP = 64  # voxels a side of what the autoencoder reconstructs
+CROP = 64  # voxels per side of what the autoencoder reconstructs
 MARGIN = 6.0  # mm by which BodyMaskd widens the body
-SD_FLOOR = 0.05  # of the mean: what is equal in all training patients, the spacing, may still differ by a little
+SD_FLOOR = 0.05  # of the mean: a measure that is equal in all training patients (the spacing) may differ by this much
 LIMIT = 3.0  # standard deviations from the training patients
 
-# measure: unit, and whether it is an error, of which only more is odd; the others are compared by their logarithm
+# measure: unit, and whether it is an error, where only larger values are unusual; others are compared by their logarithm
 MEASURES = {
     "finest spacing": ("mm", False),
     "coarsest spacing": ("mm", False),
@@ -43,13 +43,13 @@ MEASURES = {
 
 
 def measure(batch: Mapping[str, Any], reference: Sequence[float] | None, network: nn.Module | None) -> dict[str, float]:
-    """What the guard looks at, all positive: a key of :data:`MEASURES` to its value.
+    """Measure an MR. Keys of the result are those of :data:`MEASURES`, values are positive.
 
     Args:
-        batch: ``image``, the MR (1, 1, D, H, W) in [-1, 1] on the grid of the networks with the grid it was read on in
-            its meta data, and ``body`` of the same shape.
-        reference: the training set's histogram; that measure is left out when None.
-        network: with an autoencoder; what needs one is left out otherwise.
+        batch: ``image``, the MR (1, 1, D, H, W) in [-1, 1] on the grid of the networks, with the grid it was read on in
+            its metadata, and ``body`` of the same shape.
+        reference: histogram of the training set; the distance to it is left out when None.
+        network: has an autoencoder; without one the reconstruction error is left out.
     """
     image, body = (np.asarray(batch[key])[0, 0] for key in ("image", "body"))
     affine, shape = (np.asarray(batch["image"].meta[key]).reshape(s) for key, s in _SOURCE)
@@ -79,7 +79,7 @@ def _first(affine: Any) -> np.ndarray:
 
 
 def _without_margin(body: np.ndarray, spacing: np.ndarray) -> np.ndarray:
-    """The body less the margin that the mask was widened by; all of it where nothing else would stay."""
+    """Return the body without the margin that the mask was widened by; with it where nothing would be left."""
     if body.all():
         return body
     inside = ndimage.distance_transform_edt(body, sampling=spacing) > MARGIN
@@ -87,18 +87,18 @@ def _without_margin(body: np.ndarray, spacing: np.ndarray) -> np.ndarray:
 
 
 def histogram(image: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """Shares of normalised MR intensities inside the body."""
+    """Return the histogram of normalised MR intensities inside the body, as fractions."""
     return np.histogram(image[inside], HISTOGRAM)[0] / max(inside.sum(), 1)
 
 
-def histogram_distance(shares: Sequence[float], reference: Sequence[float]) -> float:
-    """Earth mover's distance of two histograms, in units of the normalised MR."""
+def histogram_distance(shares: Sequence[float] | np.ndarray, reference: Sequence[float] | np.ndarray) -> float:
+    """Return the earth mover's distance between two histograms, in units of the normalised MR."""
     centres = (HISTOGRAM[1:] + HISTOGRAM[:-1]) / 2
     return float(wasserstein_distance(centres, centres, shares, reference))
 
 
 def _detail(image: np.ndarray, inside: np.ndarray, axis: int) -> float:
-    """Mean absolute difference of neighbours along an axis, in the body."""
+    """Return the mean absolute difference of neighbours along an axis, in the body."""
     if image.shape[axis] < 2:
         return 1e-6
     difference = np.abs(np.diff(image, axis=axis))
@@ -108,7 +108,7 @@ def _detail(image: np.ndarray, inside: np.ndarray, axis: int) -> float:
 
 @torch.inference_mode()
 def _reconstruction_error(image: np.ndarray, inside: np.ndarray, network: nn.Module) -> float:
-    """Mean absolute error in the body of the autoencoder's reconstruction of the middle of the MR."""
+    """Return the mean absolute error, in the body, with which the autoencoder reconstructs the middle of the MR."""
     centre = np.round(np.mean(np.argwhere(inside), axis=0)).astype(int)
     starts = [int(np.clip(c - CROP // 2, 0, max(n - CROP, 0))) for c, n in zip(centre, image.shape)]
     crop = tuple(slice(s, s + CROP) for s in starts)
@@ -122,30 +122,30 @@ def _reconstruction_error(image: np.ndarray, inside: np.ndarray, network: nn.Mod
 
 
 def fit(batches: Sequence[Mapping[str, Any]], network: nn.Module) -> dict[str, Any]:
-    """Statistics of the training MRs: the mean histogram, and for each measure its range, and mean and SD on the scale
-    it is compared on.
+    """Compute statistics of the training MRs: the mean histogram, and for each measure its range, and its mean and SD on
+    the scale on which it is compared.
 
-    The distance of each histogram is taken to the mean of the others, as a new patient's is.
+    The distance of each histogram is that to the mean of the others, as for a new patient.
     """
-    found = [measure(batch, None, network) for batch in batches]
+    measured = [measure(batch, None, network) for batch in batches]
     shares = []
     for batch in batches:
         image, body = (np.asarray(batch[key])[0, 0] for key in ("image", "body"))
         grid = np.linalg.norm(_first(batch["image"].affine)[:3, :3], axis=0)
         shares.append(histogram(image, _without_margin(body > 0.5, grid)))
-    for number, values in enumerate(found):
+    for number, values in enumerate(measured):
         others = np.mean(shares[:number] + shares[number + 1 :], axis=0)
         values["distance of the intensity histogram"] = histogram_distance(shares[number], others)
     measures = {}
-    for name in (n for n in MEASURES if n in found[0]):
-        values = np.array([each[name] for each in found])
+    for name in (n for n in MEASURES if n in measured[0]):
+        values = np.array([each[name] for each in measured])
         scaled = _scaled(name, values)
         floor = SD_FLOOR * (scaled.mean() if MEASURES[name][1] else 1)
         measures[name] = {
             "low": float(values.min()), "high": float(values.max()),
             "mean": float(scaled.mean()), "sd": float(max(scaled.std(ddof=1), floor)),
         }  # fmt: skip
-    return {"patients": len(found), "histogram": np.mean(shares, axis=0).tolist(), "measures": measures}
+    return {"patients": len(measured), "histogram": np.mean(shares, axis=0).tolist(), "measures": measures}
 
 
 def _scaled(name: str, value: Any) -> Any:
@@ -153,41 +153,43 @@ def _scaled(name: str, value: Any) -> Any:
 
 
 def deviations(values: Mapping[str, float], statistics: Mapping[str, Any]) -> dict[str, float]:
-    """How far each measure is from the training patients, in their standard deviations; less is no deviation where only
-    more is odd."""
+    """Return how far each measure is from the training patients, in their standard deviations. Where only larger values
+    are unusual, smaller ones are no deviation."""
     result = {}
     for name, value in values.items():
-        known = statistics["measures"].get(name)
-        if known is not None:
-            z = (_scaled(name, value) - known["mean"]) / known["sd"]
+        training = statistics["measures"].get(name)
+        if training is not None:
+            z = (_scaled(name, value) - training["mean"]) / training["sd"]
             result[name] = float(max(z, 0) if MEASURES[name][1] else abs(z))
     return result
 
 
 class Guard:
-    """Compares an MR with the training set before synthesis; says which measure is outside, and by how much.
+    """Compares an MR with the training set before synthesis, and warns which measure is outside, and by how much.
 
     Args:
-        statistics: JSON of ``python -m bundle guard``; None or a missing file turns the guard off, and the log says so.
-        checkpoint: weights in use; with others than those of the statistics nothing is said about reconstruction.
-        strict: an MR that is outside is an error.
-        limit: standard deviations that count as outside.
+        statistics: JSON of ``python -m bundle guard``. None turns the guard off, a missing file too, with a warning.
+        checkpoint: weights in use; reconstruction is checked only with the weights that the statistics were made with.
+        strict: raise an error instead of a warning.
+        limit: distance from the training set, in standard deviations, beyond which an MR is outside.
     """
 
     def __init__(
         self, statistics: str | Path | None, checkpoint: str | Path, strict: bool = False, limit: float = LIMIT
     ) -> None:
-        self.strict, self.limit, self.statistics = strict, limit, None
+        self.strict, self.limit = strict, limit
+        self.statistics: dict[str, Any] | None = None
         if statistics and Path(statistics).is_file():
-            self.statistics = json.loads(Path(statistics).read_text())
-            same = Path(checkpoint).is_file() and self.statistics.get("model_sha256") == sha256(checkpoint)
+            stored = json.loads(Path(statistics).read_text())
+            same = Path(checkpoint).is_file() and stored.get("model_sha256") == sha256(checkpoint)
             if not same:
-                self.statistics["measures"].pop("reconstruction error", None)
+                stored["measures"].pop("reconstruction error", None)
+            self.statistics = stored
         elif statistics:
             logger.warning("inputs are not checked: no %s", statistics)
 
     def __call__(self, batch: Mapping[str, Any], network: nn.Module | None) -> dict[str, Any] | None:
-        """``warnings`` (one line each), ``score`` (the largest deviation), ``deviations`` and ``measures``.
+        """Return ``warnings`` (one line each), ``score`` (the largest deviation), ``deviations`` and ``measures``.
 
         Raises:
             InputError: when ``strict`` and there is a warning.
@@ -197,7 +199,8 @@ class Guard:
         wanted = network if "reconstruction error" in self.statistics["measures"] else None
         values = measure(batch, self.statistics["histogram"], wanted)
         off = deviations(values, self.statistics)
-        warnings = [self._sentence(name, values[name], off[name]) for name in off if off[name] > self.limit]
+        ranges = self.statistics["measures"]
+        warnings = [_sentence(name, values[name], off[name], ranges[name]) for name in off if off[name] > self.limit]
         if warnings and self.strict:
             raise InputError("not like the training MRs: " + "; ".join(warnings))
         name = np.ravel(batch["image"].meta["filename_or_obj"])[0]
@@ -205,7 +208,7 @@ class Guard:
             logger.warning("%s: not like the training MRs: %s", name, warning)
         return {"warnings": warnings, "score": max(off.values(), default=0.0), "deviations": off, "measures": values}
 
-    def _sentence(self, name: str, value: float, deviation: float) -> str:
-        known, unit = self.statistics["measures"][name], MEASURES[name][0]
-        span = f"{known['low']:.3g} to {known['high']:.3g}"
-        return f"{name} is {value:.3g}{unit and ' ' + unit}, in training {span} ({deviation:.1f} SD away)"
+
+def _sentence(name: str, value: float, deviation: float, training: Mapping[str, float]) -> str:
+    unit, span = MEASURES[name][0], f"{training['low']:.3g} to {training['high']:.3g}"
+    return f"{name} is {value:.3g}{unit and ' ' + unit}, in training {span} ({deviation:.1f} SD away)"

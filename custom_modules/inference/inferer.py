@@ -1,4 +1,4 @@
-"""Sampling the CT latent of a whole volume: encode, denoise and decode, in tiles where memory asks for them."""
+"""Sampling the CT latent of a whole volume: encode, denoise and decode, in tiles where memory is short."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from custom_modules.memory import free_memory, halve_when_out_of_memory
 from custom_modules.networks.synthesizer import Synthesizer
 from custom_modules.tiling import Box, pad_to_windows, scale_box, tile_size, tiles, widen
 
-# Bytes of memory per voxel of the image at the peak of encoding or decoding, and of denoising; generous, see
+# Peak memory in bytes per voxel of the image, of encoding or decoding, and of denoising; generous, see
 # docs/performance.md
 TILE_BYTES, DENOISER_BYTES = 230, 60
-LEAST_TILE = 2**21  # voxels; in smaller ones there is little beside the halo
-WAVELET_GRID = 4  # latent voxels: the coarsest grid of the two-level transforms, on which tiles have to lie
+LEAST_TILE = 2**21  # voxels; smaller tiles would be mostly halo
+WAVELET_GRID = 4  # latent voxels: the coarsest grid of the two-level transforms, to which tiles are aligned
 
 
 class LatentSampler(Inferer):
-    """What both ways of sampling share: MR to synthetic CT for volumes of any size.
+    """Base class of both ways of sampling: MR to synthetic CT for volumes of any size.
 
-    Tiles and windows that hold no body are not computed: they are air. Volumes stay in main memory, only tiles and
-    latents go to the network's device.
+    Tiles and windows that hold no body are not computed: they are air. Volumes are kept in main memory; only tiles and
+    latents are moved to the network's device.
 
     Args:
         num_inference_steps: DDIM steps.
-        num_samples: samples drawn in one pass: the MR is encoded once. With two or more the result has a second channel,
-            the voxelwise standard deviation of the samples.
+        num_samples: samples drawn in one pass, for which the MR is encoded once. With two or more the result has a
+            second channel, the voxelwise standard deviation of the samples.
         output: ``mean`` of the samples, or the first ``sample``.
-        seed: of the noise, which is drawn on the CPU and so is the same on every device; sample k has seed + k, so that
-            N samples are those of N runs of one.
-        margin: image voxels that a volume is continued by on each side, replicating its edge, so that a field of view
-            that cuts through the body does not end where the convolutions' zero padding begins.
-        memory_limit: GiB that the process may hold, on CPU of main memory, on CUDA of the device's; what is free when
-            None.
-        amp: bfloat16 autocast of the denoiser. Faster where the device computes in it; tiles then differ from the whole by
-            its rounding. The autoencoder stays in single precision.
+        seed: of the noise, which is drawn on the CPU and is therefore the same on every device. Sample k has seed + k,
+            so that N samples equal those of N runs with one sample each.
+        margin: image voxels added on each side by replicating the edge, so that the zero padding of the convolutions
+            does not begin where a field of view cuts through the body.
+        memory_limit: GiB that the process may use: of main memory on a CPU, of the device's memory on CUDA; what is
+            free when None.
+        amp: bfloat16 autocast of the denoiser. Faster where the device supports it; tiles then differ from the whole by
+            rounding. The autoencoder always computes in single precision.
         progress: show a progress bar.
 
     Raises:
@@ -65,12 +65,8 @@ class LatentSampler(Inferer):
             raise ValueError(f"output must be 'mean' or 'sample', got '{output}'")
         if seed < 0 or num_samples < 1:
             raise ValueError(f"seed must be 0 or more and num_samples 1 or more, got {seed} and {num_samples}")
-        self.num_inference_steps, self.num_samples, self.output, self.seed = (
-            num_inference_steps,
-            num_samples,
-            output,
-            seed,
-        )
+        self.num_inference_steps, self.num_samples = num_inference_steps, num_samples
+        self.output, self.seed = output, seed
         self.margin, self.memory_limit, self.amp, self.progress = margin, memory_limit, amp, progress
 
     @torch.inference_mode()
@@ -85,11 +81,11 @@ class LatentSampler(Inferer):
             body: mask of the same shape; voxels outside it need not be computed. Everything when None.
 
         Returns:
-            Synthetic CT (1, 1, D, H, W) in [-1, 1]; of several samples (1, 2, D, H, W), the second channel their
-            standard deviation on the same scale. On the device of the inputs.
+            Synthetic CT (1, 1, D, H, W) in [-1, 1], on the device of the inputs. With several samples (1, 2, D, H, W):
+            the second channel is their standard deviation on the same scale.
 
         Raises:
-            InputError: when memory runs out even with the smallest tiles.
+            InputError: when memory is too small even for the smallest tiles.
         """
         network.eval()
         mr = convert_to_tensor(inputs, track_meta=False)
@@ -101,11 +97,11 @@ class LatentSampler(Inferer):
 
     @abstractmethod
     def _least_size(self, network: Synthesizer) -> list[int]:
-        """The smallest volume that can be computed, in image voxels."""
+        """Return the smallest size of a volume that can be computed, in image voxels."""
 
     @abstractmethod
     def _synthesize(self, mr: Tensor, body: Tensor, network: Synthesizer, generators: list[torch.Generator]) -> Tensor:
-        """The synthetic CT of a padded MR, with the standard deviation of several samples as a second channel."""
+        """Return the synthetic CT of a padded MR, with the standard deviation of several samples as a second channel."""
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.amp)
@@ -114,8 +110,8 @@ class LatentSampler(Inferer):
         return tqdm(total=total, desc=what, unit=unit, disable=not self.progress, leave=False)
 
     def _summary(self, samples: Iterable[Tensor]) -> Tensor:
-        """Mean or first sample and, of several samples, their standard deviation as a second channel, in one pass so that
-        only one sample is held at a time (Welford 1962)."""
+        """Return the mean or the first of ``samples`` and, if there are several, their standard deviation as a second
+        channel; in one pass, so that only one sample is in memory at a time (Welford 1962)."""
         samples = iter(samples)
         first = mean = next(samples)
         squares, count = torch.zeros_like(first), 1
@@ -128,16 +124,16 @@ class LatentSampler(Inferer):
 
 
 class WholeVolumeInferer(LatentSampler):
-    """One latent and one noise field for the patient, and every DDIM step is taken on all of it.
+    """Samples one latent of the whole patient from one noise field; every DDIM step covers all of it.
 
-    What does not fit into memory at once is computed in tiles with a halo around each, so that there are no seams. When
-    memory runs out, tiles are halved and the log says so.
+    What does not fit into memory is computed in tiles with a halo, so that there are no seams. When memory runs out,
+    the tiles are halved, with a message in the log.
 
     Args:
-        tile_voxels: of the largest tile that is encoded or decoded at once. The denoiser, which needs less memory per voxel,
-            takes larger ones.
-        halo: image voxels around each tile that are computed with it and thrown away, for the denoiser rounded up to
-            windows of its attention; how far tiles change the result is in docs/performance.md.
+        tile_voxels: size of the largest tile that is encoded or decoded at once. The denoiser, which needs less memory
+            per voxel, computes larger ones.
+        halo: image voxels around each tile that are computed with it and discarded; for the denoiser rounded up to
+            windows of its attention. docs/performance.md says how far tiles change the result.
         settings: see :class:`LatentSampler`.
     """
 
@@ -154,20 +150,20 @@ class WholeVolumeInferer(LatentSampler):
         return self._decode(z, network, body)
 
     def _tiles(self, body: Tensor, network: Synthesizer, voxels: int, grid: int, reach: int = 0) -> list[tuple]:
-        """Tiles of the latent that stand for at most ``voxels`` of the image, halo included, and start on ``grid``; those
-        with ``body`` no farther than ``reach`` voxels of the latent."""
+        """Return tiles of the latent that cover at most ``voxels`` of the image, halo included, and start on ``grid``;
+        only those with ``body`` within ``reach`` latent voxels."""
         f = network.autoencoder.downsampling
         halo, size = -(-self.halo // (f * grid)) * grid, body.shape
         every = tiles(size, tile_size(size, voxels // f**3, halo, grid), halo)
         return [part for part in every if body[widen(part[1], reach, size)].any()]
 
     def _tile_voxels(self, device: torch.device, voxel_bytes: int) -> int:
-        """Of a tile that takes ``voxel_bytes`` per voxel: as many as are asked for, and as there is memory for."""
+        """Return how many voxels a tile may have that needs ``voxel_bytes`` per voxel, by the settings and by memory."""
         free = free_memory(device, self.memory_limit)
         return min(self.tile_voxels * TILE_BYTES // voxel_bytes, max(free // voxel_bytes, LEAST_TILE))
 
     def _encode(self, mr: Tensor, network: Synthesizer, body: Tensor) -> Tensor:
-        """Z_MR (1, c, d, h, w) on the network's device; zero in tiles that are too far from ``body`` to matter to it."""
+        """Return Z_MR (1, c, d, h, w) on the network's device; zero in tiles too far from ``body`` to influence it."""
         f, device, reach = network.autoencoder.downsampling, network.device, network.denoiser.window
 
         def encode(voxels: int) -> Tensor:
@@ -182,7 +178,7 @@ class WholeVolumeInferer(LatentSampler):
         return halve_when_out_of_memory(encode, self._tile_voxels(device, TILE_BYTES), LEAST_TILE, "voxels")
 
     def _sample(self, z_mr: Tensor, network: Synthesizer, body: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """CT latents (K, c, d, h, w), one from each generator's noise (Eqs. 13 and 14)."""
+        """Return CT latents (K, c, d, h, w), one from the noise of each generator (Eqs. 13 and 14)."""
         noise = torch.cat([torch.randn(z_mr.shape, generator=generator) for generator in generators]).to(z_mr)
         steps, air = self.num_inference_steps, functools.cache(network.air_latent)  # encoding air takes a while
 
@@ -212,8 +208,8 @@ class WholeVolumeInferer(LatentSampler):
         return halve_when_out_of_memory(sample, most, LEAST_TILE, "voxels")
 
     def _decode(self, z: Tensor, network: Synthesizer, body: Tensor) -> Tensor:
-        """The samples ``z`` (K, c, d, h, w) decoded tile by tile and summarised in main memory, air in tiles without
-        ``body``: the volume exists once, however many samples there are."""
+        """Decode the samples ``z`` (K, c, d, h, w) tile by tile, with air in tiles without ``body``. They are summarised
+        in main memory, so that the volume exists once, however many samples there are."""
         f = network.autoencoder.downsampling
 
         def decode(voxels: int) -> Tensor:

@@ -1,5 +1,5 @@
-"""A folder of volumes as a pipeline: the next is read and the last one written while the network works on one; shared
-out among processes, and restartable."""
+"""Synthesis of a folder of volumes: while the network computes one, the next is read and the last one written. Volumes
+can be divided among processes, and a run can be resumed."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ logger = logging.getLogger(__name__)
 
 
 class VolumeDataset(Dataset):
-    """Dataset whose broken items come out as ``{"image": path, "failure": message}`` instead of stopping the rest.
+    """Dataset that returns an item that fails as ``{"image": path, "failure": message}``, so that the others go ahead.
 
     Args:
         data: all volumes, see :func:`~custom_modules.data.inputs.find_volumes`.
-        transform: of each.
-        rank, world_size: of this process, among those that share the volumes out; each takes every ``world_size``-th.
-        resume: leave out the items of which ``is_finished`` says that their synthetic CT is there already.
+        transform: applied to each.
+        rank, world_size: of this process; each process handles every ``world_size``-th volume.
+        resume: skip the items for which ``is_finished`` finds a complete synthetic CT.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class VolumeDataset(Dataset):
         mine = list(data)[rank::world_size]
         left = [item for item in mine if not is_finished(item)] if resume and is_finished else mine
         if len(left) < len(mine):
-            logger.info("%d of %d volumes are finished and left as they are", len(mine) - len(left), len(mine))
+            logger.info("%d of %d volumes are finished and kept", len(mine) - len(left), len(mine))
         super().__init__(left, transform)
 
     def __getitem__(self, index: int) -> dict[Hashable, Any]:
@@ -52,18 +52,18 @@ class VolumeDataset(Dataset):
 
 
 def collate(items: Sequence[dict[Hashable, Any]]) -> Any:
-    """A batch of one volume; a failure passes as it is."""
+    """Make a batch of one volume; a failure is passed on unchanged."""
     return items[0] if "failure" in items[0] else list_data_collate(items)
 
 
 class SynthesisEvaluator(SupervisedEvaluator):
-    """Evaluator that goes on after a volume that fails and lists the failures at the end, and that resamples and writes
-    a synthetic CT while the next one is computed. Volumes stay in main memory; the inferer moves what it computes.
+    """Evaluator that continues after a volume that fails and lists the failures at the end. It resamples and writes a
+    synthetic CT while the next one is computed. Volumes are kept in main memory; the inferer moves what it computes.
 
     Args:
-        postprocessing: from the network's answer to the files.
-        guard: looks at each batch before synthesis (:class:`~custom_modules.inference.guard.Guard`).
-        sidecar: writes the record of each synthesis (:class:`~custom_modules.inference.sidecar.Sidecar`), after its files.
+        postprocessing: turns the output of the network into files.
+        guard: checks each batch before synthesis (:class:`~custom_modules.inference.guard.Guard`).
+        sidecar: writes the record of each synthesis after its files (:class:`~custom_modules.inference.sidecar.Sidecar`).
         progress: show a bar over the volumes with their names; for a single one, the inferer's bar over its tiles.
     """
 
@@ -106,13 +106,13 @@ class SynthesisEvaluator(SupervisedEvaluator):
         self.bar.set_postfix_str(Path(name).name)
         try:
             findings = self.guard(batchdata, engine.network) if self.guard else None
-            answer = super()._iteration(engine, batchdata)
+            output = super()._iteration(engine, batchdata)
         except Exception as error:
             return self._fail(one_line(error, name))
-        self._wait()  # no more than one volume waits to be written
-        item = {**engine.state.batch[0], "pred": answer[0]["pred"]}  # as MONAI has decollated them
+        self._wait()  # at most one volume waits to be written
+        item = {**engine.state.batch[0], "pred": output[0]["pred"]}  # as MONAI has decollated them
         self.pending = self.pool.submit(self._write, name, item, findings, self.started)
-        return answer
+        return output
 
     def _write(self, name: str, item: dict[str, Any], findings: Any, started: float) -> None:
         try:
@@ -134,7 +134,7 @@ class SynthesisEvaluator(SupervisedEvaluator):
         return {}
 
     def exit_on_failures(self) -> None:
-        """End the program with the list of what failed, if anything did."""
+        """End the program with a list of the volumes that failed, if any did."""
         wait_for_all()
         if self.failures:
             total = self.state.epoch_length
@@ -142,7 +142,7 @@ class SynthesisEvaluator(SupervisedEvaluator):
 
 
 def wait_for_all() -> None:
-    """Wait for the other processes of ``torchrun``, which would end them all as soon as one exits with a failure."""
+    """Wait for the other processes of ``torchrun``, which ends them all as soon as one exits with a failure."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
         torch.distributed.barrier()

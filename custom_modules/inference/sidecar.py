@@ -1,4 +1,4 @@
-"""The record beside each synthetic CT: of what it was made, by which weights and settings, and how long it took."""
+"""The record beside each synthetic CT: its input, weights and settings, and how long it took."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Sidecar:
         output_dir: of the synthetic CTs.
         checkpoint: the weights.
         version: of the bundle.
-        device: whose memory counts.
-        settings: of the synthesis, such as seed, steps and HU window; those of the running config that change the result
-            (:func:`~custom_modules.settings.result_settings`) when None.
-        calibration: of the standard deviation, where samples have one.
+        device: whose peak memory is recorded.
+        calibration: of the standard deviation, for several samples.
+        settings: of the synthesis, such as seed, steps and HU window; when None, those of the running config that
+            change the result (:func:`~custom_modules.settings.result_settings`).
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class Sidecar:
         return sha256(self.checkpoint) if Path(self.checkpoint).is_file() else None
 
     def is_finished(self, item: Mapping[str, str]) -> bool:
-        """Whether the record of ``item["output"]`` shows the input ``item["image"]``, these weights, these settings and the
-        very output that is there. A record that cannot be read shows nothing."""
+        """Whether ``item["output"]`` exists and its record names the input ``item["image"]``, these weights, these
+        settings and the hash of that output. False if the record cannot be read."""
         target = self.output_dir / item["output"]
         record = beside(target, "", ".json")
         if not (target.is_file() and record.is_file()):
@@ -64,7 +64,7 @@ class Sidecar:
             }
             found = json.loads(record.read_text(encoding="utf-8"))
             return all(found.get(name) == value for name, value in to_plain(made).items())
-        except (InputError, OSError, ValueError, AttributeError):  # whoever reads the input says what is wrong with it
+        except (InputError, OSError, ValueError, AttributeError):  # reading the input will report what is wrong with it
             return False
 
     def _of_all(self) -> dict[str, Any]:

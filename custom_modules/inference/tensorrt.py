@@ -1,7 +1,8 @@
-"""TensorRT in the denoiser's place on CUDA (``configs/inference_trt.yaml``)."""
+"""The denoiser as a TensorRT engine on CUDA (``configs/inference_trt.yaml``)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,20 +14,20 @@ from custom_modules.errors import stop
 from custom_modules.networks.synthesizer import Synthesizer
 
 PACKAGES = ("tensorrt", "polygraphy")
-# of torch.onnx.export; what MONAI makes of its dynamic batch does not know the unused argument
+# for torch.onnx.export: MONAI's own for a dynamic batch leave out the unused argument
 EXPORT_ARGS = {"dynamic_shapes": {"x": {0: "batch"}, "timesteps": {0: "batch"}, "context": None}}
 
 
 def trt_compile_or_stop(
     network: Synthesizer, path: str | Path, sw_batch_size: int, precision: str = "fp16"
 ) -> Synthesizer:
-    """MONAI's ``trt_compile`` for the denoiser, on windows of one size; ends the program with one line where
-    MONAI would warn and go on in PyTorch.
+    """Compile the denoiser for windows of one size by MONAI's ``trt_compile``. Ends the program with one line where
+    MONAI would warn and continue in PyTorch.
 
     Args:
         network: on a CUDA device.
-        path: the engine is kept as ``<path>.denoiser.plan`` and made again when ``path``, the weights, is newer.
-        sw_batch_size: most windows a batch.
+        path: of the weights; the engine is saved as ``<path>.denoiser.plan`` and rebuilt when the weights are newer.
+        sw_batch_size: largest number of windows per batch.
         precision: ``fp16``, ``bf16``, ``tf32`` or ``fp32``.
     """
     device = network.hu_window.device.type
@@ -42,10 +43,10 @@ def trt_compile_or_stop(
 
 
 def through_forward(network: Synthesizer) -> Synthesizer:
-    """Let ``network`` ask its denoiser by ``forward``, which is what TensorRT compiles, in place of the two halves of it
-    that the road asks for otherwise."""
+    """Make ``network`` call its denoiser's ``forward``, which is what TensorRT compiles, instead of the two halves that
+    inference calls otherwise."""
 
-    def predict(z: Tensor, t: int, condition: tuple[Tensor]) -> Tensor:
+    def predict(z: Tensor, t: int, condition: Sequence[Tensor]) -> Tensor:
         return network.denoiser(torch.cat([z, *condition], dim=1), torch.full((len(z),), t, device=z.device))
 
     network.condition, network.predict = lambda z_mr: (z_mr,), predict  # type: ignore[method-assign]

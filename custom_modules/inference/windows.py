@@ -1,4 +1,4 @@
-"""Sampling window by window: the baseline that :class:`~custom_modules.inference.inferer.WholeVolumeInferer` replaces."""
+"""Sampling window by window, which :class:`~custom_modules.inference.inferer.WholeVolumeInferer` replaces."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from custom_modules.networks.synthesizer import Synthesizer
 
 
 class WindowInferer(LatentSampler):
-    """Every window is encoded, sampled from noise of its own and decoded, and the images are blended.
+    """Encodes, samples and decodes every window from its own noise, and blends the images.
 
-    Kept to measure what one latent for the patient gains, and for engines that have one size of input.
+    It serves to measure what a single latent per patient gains, and for engines with a fixed input size.
 
     Args:
-        window_size: image voxels; rounded up to what the networks divide by.
+        window_size: image voxels; rounded up to a multiple of what the networks divide by.
         overlap: share of a window that neighbours have in common, in [0, 1).
         sw_batch_size: windows computed at once; chosen by the free memory of the device when None.
         settings: see :class:`~custom_modules.inference.inferer.LatentSampler`.
@@ -56,7 +56,7 @@ class WindowInferer(LatentSampler):
         )  # fmt: skip
 
     def _windows(self, stack: Tensor, network: Synthesizer, generators: list[torch.Generator]) -> Tensor:
-        """Windows of MR and body (N, 2, D, H, W) to synthetic CT (N, 1 or 2, D, H, W)."""
+        """Synthesise windows of MR and body (N, 2, D, H, W): CTs (N, 1 or 2, D, H, W)."""
         image, mask = stack.split(1, dim=1)
         inside = mask.flatten(1).any(dim=1)
         ct = torch.full_like(image, -1.0)
@@ -65,7 +65,7 @@ class WindowInferer(LatentSampler):
         if not inside.any():
             return ct
         z_mr = network.encode(image[inside], "MR")
-        # every sample has a generator, so that its noise does not depend on the window batch
+        # one generator per sample, so that its noise does not depend on the batch size of windows
         noise = torch.cat([torch.randn(z_mr.shape, generator=generator) for generator in generators]).to(z_mr)
         with self._autocast(z_mr.device):
             condition = network.condition(z_mr.repeat(len(generators), 1, 1, 1, 1))

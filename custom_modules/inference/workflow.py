@@ -1,4 +1,4 @@
-"""``configs/inference.yaml`` as a workflow: the one way in which evaluation and the commands synthesise."""
+"""``configs/inference.yaml`` as a workflow, through which evaluation and all commands synthesise."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from custom_modules import BUNDLE_ROOT
 from custom_modules.errors import InputError
 from custom_modules.settings import check_settings
 
-# MONAI warns that it leaves logging alone, which is what was asked for
+# MONAI warns that it does not configure logging, as requested
 logging.getLogger("monai.bundle.workflows").addFilter(lambda record: "skipping logging" not in str(record.msg))
 
 
 def inference_workflow(
     config: str | Path | Sequence[str | Path] = (), logging_file: str | bool | None = False, **settings: Any
 ) -> ConfigWorkflow:
-    """``configs/inference.yaml`` with ``settings`` in place of its own, initialised and ready to ``run()``.
+    """Return the workflow of ``configs/inference.yaml`` with ``settings`` changed, initialised and ready to ``run()``.
 
     Args:
-        config: overlays, such as ``configs/baselines/unet.yaml``, for the network of another config.
-        logging_file: a logging configuration; False leaves the program's logging as it is.
+        config: overlays, such as ``configs/baselines/unet.yaml``, for another network.
+        logging_file: a logging configuration; False keeps that of the program.
         settings: of the config by id, such as ``seed`` or ``dataset#data``.
 
     Raises:

@@ -15,8 +15,8 @@ class WaveletAutoencoderKL(nn.Module):
     """KL autoencoder of WaveletBlocks; one set of weights encodes and decodes both modalities.
 
     Images are (N, 1, D, H, W) in [-1, 1]; latents are (N, latent_channels, D/f, H/f, W/f), where f
-    (``downsampling``) is 2 for each step between ``channels`` and 2 more for the Haar stem. D, H and W must be
-    multiples of f. The first half of the latent channels holds the structure S, the second the modality M.
+    (``downsampling``) is a factor of 2 for each step between ``channels`` and another one for the Haar stem. D, H and W
+    must be multiples of f. The first half of the latent channels holds the structure S, the second the modality M.
 
     Args:
         latent_channels: c, even.
@@ -25,10 +25,10 @@ class WaveletAutoencoderKL(nn.Module):
         stem: ``haar`` puts a Haar transform at the image end and its inverse at the output, so that the first
             convolution sees eight bands at half the resolution; ``conv`` starts at full resolution.
         wavelet: the Wavelet Residual Module's wavelet, or None for plain residual blocks (Table II, "Vanilla").
-        kernel_size: of the module's group-wise convolutions.
+        kernel_size: of the group-wise convolutions in that module.
 
     Raises:
-        ValueError: for an odd ``latent_channels``, an unknown ``stem``, or an image that does not divide by f.
+        ValueError: for an odd ``latent_channels``, an unknown ``stem``, or an image size that is no multiple of f.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class WaveletAutoencoderKL(nn.Module):
         self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Image to the mean and log-variance of its posterior, each of the latent's shape."""
+        """Return the mean and the log-variance of an image's posterior, each of the latent's shape."""
         if any(size % self.downsampling for size in image.shape[2:]):
             raise ValueError(f"image size {tuple(image.shape[2:])} is not a multiple of {self.downsampling}")
         x = image if self.stem is None else self.stem(image)
@@ -81,23 +81,23 @@ class WaveletAutoencoderKL(nn.Module):
         return mean, log_variance.clamp(-30, 20)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Latent to image, nominally in [-1, 1], not clipped."""
+        """Return the image of a latent, nominally in [-1, 1], not clipped."""
         x = self.decoder(latent.contiguous(memory_format=torch.channels_last_3d)).float()
         return x if self.stem is None else self.stem.inverse(x, [2 * size for size in x.shape[2:]])
 
     @staticmethod
     def sample(mean: Tensor, log_variance: Tensor) -> Tensor:
-        """One draw from the posterior (the reparametrisation of Kingma and Welling 2014)."""
+        """Draw one sample from the posterior (by the reparametrisation of Kingma and Welling 2014)."""
         return mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
 
     @staticmethod
     def split(latent: Tensor) -> tuple[Tensor, Tensor]:
-        """z = [S, M]: structure and modality halves along the channels (section III.B, Fig. 3)."""
+        """Split z = [S, M] into structure and modality, its halves along the channels (section III.B, Fig. 3)."""
         structure, modality = latent.chunk(2, dim=1)
         return structure, modality
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Image to (reconstruction, sampled latent, mean, log-variance), for training."""
+        """Return (reconstruction, sampled latent, mean, log-variance) of an image, for training."""
         mean, log_variance = self.encode(image)
         latent = self.sample(mean, log_variance)
         return self.decode(latent), latent, mean, log_variance

@@ -1,7 +1,7 @@
 """Building blocks shared by the autoencoder and the denoiser.
 
-No block uses spatial statistics: what a voxel becomes depends on its receptive field only, so a volume
-computed in tiles equals the whole one up to that field.
+No block uses spatial statistics: the value of a voxel depends on its receptive field only. A volume that is computed in
+tiles therefore equals the whole one, except within that field of a tile's edge.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from custom_modules.networks.wavelets import BANDS, WaveletTransform3d
 
 
 class ChannelRMSNorm(nn.RMSNorm):
-    """Root-mean-square norm over the channels of each voxel of (N, C, D, H, W) (Zhang and Sennrich 2019)."""
+    """Root-mean-square normalisation over the channels of each voxel of (N, C, D, H, W) (Zhang and Sennrich 2019)."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.movedim(1, -1).to(self.weight.dtype)
-        # on CPU faster than ``F.rms_norm``, which writes the squares out first (benchmarks/blocks.py)
+        # faster on CPUs than ``F.rms_norm``, which stores the squares first (benchmarks/blocks.py)
         square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
         return (x * (square + torch.finfo(x.dtype).eps).rsqrt() * self.weight).movedim(-1, 1)
 
 
 class _DepthwiseConvolution(torch.autograd.Function):
-    """``conv3d(groups=channels)`` whose input gradient is again a depthwise convolution, with the flipped kernel:
-    on CPU faster than the transposed convolution that PyTorch takes for it."""
+    """``conv3d(groups=channels)`` whose input gradient is also a depthwise convolution, with the flipped kernel. This
+    is faster on CPUs than the transposed convolution that PyTorch uses for it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -45,8 +45,8 @@ class _DepthwiseConvolution(torch.autograd.Function):
 
 
 class DepthwiseConv3d(nn.Conv3d):
-    """Group-wise convolution with one group a channel; the size is kept. Single precision on CPU, where the
-    reduced one is slower."""
+    """Convolution with one group per channel that keeps the size; on CPUs in single precision, because reduced
+    precision is slower there."""
 
     def __init__(self, channels: int, kernel_size: int) -> None:
         if kernel_size % 2 == 0:
@@ -64,7 +64,7 @@ class DepthwiseConv3d(nn.Conv3d):
 
 
 class WaveletResidualModule(nn.Module):
-    """Wavelet Residual Module (Fig. 2), (N, C, D, H, W) to the same shape, any size.
+    """Wavelet Residual Module (Fig. 2): (N, C, D, H, W) of any size to the same shape.
 
     Primary stream: ``x`` + point-wise(group-wise(x)). High stream: H1' = group-wise(H1). Low stream:
     L1' = group-wise(L1), and L1'' = IWT(group-wise(WT(L1))). IWT(L1' + L1'', H1') joins the primary stream,
@@ -74,8 +74,8 @@ class WaveletResidualModule(nn.Module):
         channels: C.
         kernel_size: of the group-wise convolutions, odd.
         wavelet: see :class:`~custom_modules.networks.wavelets.WaveletTransform3d`.
-        branch_scale: what the wavelet branch is multiplied by at first (learned, one a channel), so that a
-            fresh module is close to its primary stream.
+        branch_scale: initial value of the learned factor on the wavelet branch, one per channel; small, so that an
+            untrained module is close to its primary stream.
     """
 
     def __init__(self, channels: int, kernel_size: int = 3, wavelet: str = "haar", branch_scale: float = 0.1) -> None:
@@ -95,13 +95,13 @@ class WaveletResidualModule(nn.Module):
         bands1 = self.level1(bands1)  # L1', H1'
         bands1 = torch.cat([bands1[:, :channels] + low1_deeper, bands1[:, channels:]], dim=1)
         enhanced = self.transform.inverse(bands1, x.shape[2:])
-        del bands1, low1, low1_deeper  # the peak of memory is here
+        del bands1, low1, low1_deeper  # memory use peaks here
         return self.out(torch.addcmul(x + self.primary(x), self.scale, enhanced))
 
 
 class ResidualBlock(nn.Module):
-    """Pre-activation residual block (norm, SiLU, convolution, twice), with an optional embedding of the timestep
-    that scales and shifts in the middle (Dhariwal and Nichol 2021). (N, C_in, D, H, W) to (N, C_out, D, H, W).
+    """Pre-activation residual block: twice normalisation, SiLU and convolution. (N, C_in, D, H, W) to (N, C_out, D, H,
+    W). An optional embedding of the timestep scales and shifts the features in between (Dhariwal and Nichol 2021).
     """
 
     def __init__(self, in_channels: int, out_channels: int, embedding_channels: int | None = None) -> None:
@@ -122,7 +122,7 @@ class ResidualBlock(nn.Module):
 
 
 class WaveletBlock(ResidualBlock):
-    """The residual block of the autoencoder with the Wavelet Residual Module as its second layer (Fig. 1)."""
+    """Residual block of the autoencoder, with the Wavelet Residual Module as its second layer (Fig. 1)."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, wavelet: str = "haar") -> None:
         super().__init__(in_channels, out_channels)

@@ -13,22 +13,22 @@ from torch import Tensor, nn
 from custom_modules.networks.blocks import ChannelRMSNorm, ResidualBlock
 from custom_modules.networks.dsca import DualSkipConnectionAttention, split_windows
 
-KEYS_AND_VALUES = 4  # tensors that a scale's DSCA takes of Z_MR
+KEYS_AND_VALUES = 4  # tensors that the DSCA of one scale computes from Z_MR
 
 
 class LatentDenoiser(nn.Module):
-    """epsilon_theta(Z_CT^t, t, Z_MR) of Eq. 12, or its velocity form; one DSCA a scale.
+    """epsilon_theta(Z_CT^t, t, Z_MR) of Eq. 12, or its velocity form, with one DSCA per scale.
 
     Args:
         latent_channels: c; the input has 2 c channels, the noisy CT latent and then the MR latent.
         channels: features of each scale, finest first; every scale but the last halves the resolution.
-        num_blocks: residual blocks a scale, on the way down and on the way up.
+        num_blocks: residual blocks per scale, on the way down and on the way up.
         dsca: False for plain concatenation in the skips (Table II without DSCA).
         attention_channels: see :class:`~custom_modules.networks.dsca.DualSkipConnectionAttention`.
-        window: latent voxels along each side of the windows within which DSCA attends, those of a training crop; rounded up
-            to what the scales and the pooling divide. They lie on a fixed grid, so that a latent of any size has one answer,
-            and tiles with a halo on that grid give it too.
-        pooling: of Z_MR before the keys; 1 for full resolution.
+        window: latent voxels along each side of the windows within which DSCA attends, as many as a training crop has;
+            rounded up to a multiple of what the scales and the pooling divide by. The windows lie on a fixed grid, so
+            that a latent of any size has a single result, which tiles with a halo on that grid give too.
+        pooling: factor by which Z_MR is pooled before the keys are computed; 1 for full resolution.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class LatentDenoiser(nn.Module):
         )
 
     def condition(self, z_mr: Tensor) -> tuple[Tensor, ...]:
-        """All that depends on Z_MR (N, c, d, h, w) and on nothing else, so that a sampler computes it once: the MR half of
-        the first convolution, and for each scale the keys and values of its DSCA, of one window after another."""
+        """Compute all that depends on Z_MR (N, c, d, h, w) only, so that a sampler does it once: the MR half of the
+        first convolution, and for each scale the keys and values of its DSCA, window by window."""
         weight = self.conv_in.weight[:, self.latent_channels :]
         features = F.conv3d(_channels_last(z_mr), weight, self.conv_in.bias, padding=1)
         pooled = F.avg_pool3d(z_mr, [min(self.pooling, size) for size in z_mr.shape[2:]], ceil_mode=True)
@@ -85,13 +85,13 @@ class LatentDenoiser(nn.Module):
         Args:
             z: noisy CT latent (N, c, d, h, w); d, h and w multiples of ``downsampling``.
             timesteps: (N,) integers.
-            condition: of :meth:`condition`.
+            condition: the result of :meth:`condition`.
 
         Returns:
             (N, c, d, h, w).
 
         Raises:
-            ValueError: for a size that does not divide.
+            ValueError: for a size that is no multiple of ``downsampling``.
         """
         if any(size % self.downsampling for size in z.shape[2:]):
             raise ValueError(f"latent size {tuple(z.shape[2:])} is not a multiple of {self.downsampling}")
@@ -116,8 +116,8 @@ class LatentDenoiser(nn.Module):
         return self.out(h).float()
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
-        """:meth:`denoise` as MONAI's inferers call it: ``x`` (N, 2 c, d, h, w) holds the noisy CT latent and then the MR
-        latent; ``context`` is unused."""
+        """Run :meth:`denoise` as MONAI's inferers call it: ``x`` (N, 2 c, d, h, w) holds the noisy CT latent and then
+        the MR latent; ``context`` is unused."""
         z, z_mr = x.chunk(2, dim=1)
         return self.denoise(z, timesteps, self.condition(z_mr))
 

@@ -11,8 +11,8 @@ from custom_modules.networks.autoencoder import WaveletAutoencoderKL
 
 
 class Cosines(NamedTuple):
-    """The structure's cosine of a pair (Eq. 3) and unpaired (Eq. 4), the modality's of a pair (Eq. 5) and unpaired
-    (Eq. 6), each a sum of two cosines in [-2, 2], averaged over the batch."""
+    """Cosines of structure within a pair (Eq. 3) and between patients (Eq. 4), and of modality within a pair (Eq. 5)
+    and between patients (Eq. 6). Each is a sum of two cosines in [-2, 2], averaged over the batch."""
 
     structure_pair: Tensor
     structure_unpaired: Tensor
@@ -25,14 +25,14 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def latent_cosines(z_mr: Tensor, z_ct: Tensor) -> Cosines:
-    """Cosines between the halves of the latents of several patients (Eqs. 3 to 6).
+    """Compute the cosines between the halves of the latents of several patients (Eqs. 3 to 6).
 
     Args:
-        z_mr: (N, c, d, h, w), one patient a row.
-        z_ct: the same patients' CT latents. The other patient of row n is row n + 1, cyclically.
+        z_mr: (N, c, d, h, w), one patient per row.
+        z_ct: CT latents of the same patients. The other patient of row n is row n + 1, cyclically.
 
     Raises:
-        ValueError: for fewer than two patients: unpaired cosines are then not defined.
+        ValueError: for fewer than two patients, because unpaired cosines are not defined then.
     """
     if len(z_mr) < 2:
         raise ValueError("disentanglement needs at least two different patients in a batch, got one")

@@ -13,10 +13,10 @@ from custom_modules.networks.blocks import ChannelRMSNorm
 
 
 def split_windows(x: Tensor, window: int) -> Tensor:
-    """Cut (N, C, D, H, W) into windows that share no voxel, (N * windows, C, *sides): ``window`` voxels a side, fewer where
-    ``x`` has fewer. What the last ones lack, the edge repeats."""
-    # MONAI's window_partition and window_reverse (SwinUNETR) cut alike, but programs exported with them, as with len(x),
-    # refuse a batch of one
+    """Cut (N, C, D, H, W) into windows that share no voxel, (N * windows, C, *sides), with ``window`` voxels per side,
+    or fewer where ``x`` has fewer. The last windows are filled up by repeating the edge."""
+    # MONAI's window_partition and window_reverse (SwinUNETR) do the same, but programs exported with them (or with
+    # len(x)) refuse a batch of one
     n, channels, *size = x.shape
     (a, b, c), (i, j, k) = _grid(size, window)
     missing = [side * count - length for side, count, length in zip((a, b, c), (i, j, k), size)]
@@ -27,7 +27,7 @@ def split_windows(x: Tensor, window: int) -> Tensor:
 
 
 def join_windows(windows: Tensor, shape: Sequence[int], window: int) -> Tensor:
-    """What :func:`split_windows` cut into ``windows``, of ``shape`` (N, C, D, H, W)."""
+    """Put together what :func:`split_windows` cut into ``windows``, of ``shape`` (N, C, D, H, W)."""
     n, channels, *size = shape
     (a, b, c), (i, j, k) = _grid(size, window)
     cut = windows.permute(0, 2, 3, 4, 1).reshape(n, i, j, k, a, b, c, channels)
@@ -36,14 +36,14 @@ def join_windows(windows: Tensor, shape: Sequence[int], window: int) -> Tensor:
 
 
 def _grid(size: Sequence[int], window: int) -> tuple[list[int], list[int]]:
-    """Sides of a window, and how many there are along each axis."""
+    """Return the sides of a window, and how many windows there are along each axis."""
     sides = [min(window, length) for length in size]
     return sides, [-(-length // side) for length, side in zip(size, sides)]
 
 
 class _CrossAttention(nn.Module):
-    """Query from skip features, key and value from one half of the MR latent; single head. Every window of ``window``
-    voxels a side attends to keys of its own."""
+    """Single-head attention: query from skip features, key and value from one half of the MR latent. Every window of
+    ``window`` voxels per side attends to its own keys."""
 
     def __init__(self, channels: int, context_channels: int, attention_channels: int, window: int) -> None:
         super().__init__()
@@ -53,16 +53,16 @@ class _CrossAttention(nn.Module):
         self.key = nn.Conv3d(context_channels, attention_channels, 1)
         self.value = nn.Conv3d(context_channels, attention_channels, 1)
         self.out = nn.Conv3d(attention_channels, channels, 1)
-        nn.init.zeros_(self.out.weight)  # a fresh module is a plain skip connection
+        nn.init.zeros_(self.out.weight)  # an untrained module is a plain skip connection
         nn.init.zeros_(self.out.bias)
 
     def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V of a half of the MR latent's windows (windows, c / 2, d, h, w), each (windows, d h w,
-        attention_channels)."""
+        """Return K and V, each (windows, d h w, attention_channels), of windows (windows, c / 2, d, h, w) of one half
+        of the MR latent."""
         return _tokens(self.key(context)), _tokens(self.value(context))
 
     def attend(self, features: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The query and softmax(Q K^T / sqrt(d)) V, both (N, attention_channels, D, H, W)."""
+        """Return the query and softmax(Q K^T / sqrt(d)) V, both (N, attention_channels, D, H, W)."""
         query = self.query(self.norm(features))
         windows = split_windows(query, self.window)
         q, k, v = (x[:, None] for x in (_tokens(windows), key, value))
@@ -82,8 +82,7 @@ class StructureEmphasis(_CrossAttention):
 
 
 class ModalityFiltering(_CrossAttention):
-    """MFM: A_modal = Q_m - softmax(Q_m K_m^T / sqrt(d_K2)) V_m, keys and values from M_MR (Eq. 10), then a
-    projection."""
+    """MFM: A_modal = Q_m - softmax(Q_m K_m^T / sqrt(d_K2)) V_m, keys and values from M_MR (Eq. 10), then a projection."""
 
     def forward(self, features: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, attended = self.attend(features, key, value)
@@ -97,7 +96,7 @@ class DualSkipConnectionAttention(nn.Module):
         channels: of E_i.
         latent_channels: c of Z_MR, whose halves are S_MR and M_MR.
         attention_channels: d_K of both attentions.
-        window: voxels of E_i along each side of a window; the windows of Z_MR are those of the same places.
+        window: voxels of E_i along each side of a window; the windows of Z_MR lie at the same places.
     """
 
     def __init__(self, channels: int, latent_channels: int, attention_channels: int, window: int) -> None:
@@ -107,7 +106,7 @@ class DualSkipConnectionAttention(nn.Module):
         self.modality_filtering = ModalityFiltering(channels, half, attention_channels, window)
 
     def keys_and_values(self, z_mr: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What DSCA takes of the windows of Z_MR (windows, c, d, h, w), pooled or not: K and V of S_MR, then of M_MR."""
+        """Return K and V of S_MR, then of M_MR, for windows (windows, c, d, h, w) of Z_MR, pooled or not."""
         structure, modality = WaveletAutoencoderKL.split(z_mr)
         return (
             *self.structure_emphasis.keys_and_values(structure),
@@ -115,7 +114,7 @@ class DualSkipConnectionAttention(nn.Module):
         )
 
     def forward(self, encoder_features: Tensor, decoder_features: Tensor, *keys_and_values: Tensor) -> Tensor:
-        """E_i (N, C, D, H, W), D_i (N, C', D, H, W) and :meth:`keys_and_values` to (N, C + C', D, H, W)."""
+        """Map E_i (N, C, D, H, W), D_i (N, C', D, H, W) and :meth:`keys_and_values` to (N, C + C', D, H, W)."""
         structure, modality = keys_and_values[:2], keys_and_values[2:]
         skip = encoder_features + self.structure_emphasis(encoder_features, *structure)
         skip = skip + self.modality_filtering(encoder_features, *modality)

@@ -8,17 +8,17 @@ import torch
 from monai.networks.schedulers import Scheduler
 from torch import Tensor
 
-# A step whose share of signal is below this is pure noise in single precision: sampling starts after it. The
-# default schedule keeps every step; of the paper's (betas to 0.2) a third is left.
+# A step whose share of signal is below this is pure noise in single precision, so sampling starts after it. The default
+# schedule keeps every step, the paper's (betas up to 0.2) a third of them.
 MIN_ALPHA_BAR = 1e-5
 
 
 class DDIMSchedule(Scheduler):
     """MONAI's noise schedule, whose ``add_noise`` is the forward process (Eq. 11), with the paper's sampler.
 
-    MONAI's ``DDIMScheduler`` spaces its steps one way and takes them another, clips samples to [-1, 1] by default,
-    and answers NaN where alpha-bar underflows; here steps are taken between the very timesteps that are listed, in
-    double precision coefficients, and latents are not clipped.
+    MONAI's ``DDIMScheduler`` takes other steps than those it lists, clips samples to [-1, 1] by default, and returns
+    NaN where alpha-bar underflows. Here each step goes from one listed timestep to the next, coefficients are in double
+    precision, and latents are not clipped.
 
     Args:
         num_train_timesteps: T.
@@ -43,11 +43,11 @@ class DDIMSchedule(Scheduler):
         self._alpha_bar = torch.cumprod(1 - self.betas.double(), dim=0).tolist()
 
     def alpha_bar(self, t: int) -> float:
-        """The share of signal at timestep ``t`` (Eq. 11); 1 for t = -1, the clean latent."""
+        """Return the share of signal at timestep ``t`` (Eq. 11); 1 for t = -1, the clean latent."""
         return 1.0 if t < 0 else self._alpha_bar[t]
 
     def inference_timesteps(self, num_inference_steps: int) -> list[tuple[int, int]]:
-        """The pairs (t, next t) of an evenly spaced descent that ends at the clean latent, t = -1.
+        """Return the pairs (t, next t) of an evenly spaced descent that ends at the clean latent, t = -1.
 
         Raises:
             ValueError: for fewer than 1 or more than T steps.
@@ -60,16 +60,16 @@ class DDIMSchedule(Scheduler):
         return list(zip(descent, descent[1:]))
 
     def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network should predict in training (Eq. 12): the noise, or the velocity."""
+        """Return what the network should predict in training (Eq. 12): the noise, or the velocity."""
         return noise if self.prediction == "epsilon" else self.get_velocity(clean, noise, timesteps)
 
     def output_for(self, clean: Tensor, z: Tensor, t: int) -> Tensor:
-        """The network output at (z, t) that stands for the clean latent ``clean``."""
+        """Return the network output at (z, t) that corresponds to the clean latent ``clean``."""
         signal, noise = self.alpha_bar(t) ** 0.5, (1 - self.alpha_bar(t)) ** 0.5
         return (z - signal * clean) / noise if self.prediction == "epsilon" else (signal * z - clean) / noise
 
     def step(self, output: Tensor, t: int, next_t: int, z: Tensor) -> Tensor:  # type: ignore[override]
-        """From Z^t to Z^next_t (Eq. 13) by the one-step estimate of the clean latent (Eq. 14)."""
+        """Step from Z^t to Z^next_t (Eq. 13) by the one-step estimate of the clean latent (Eq. 14)."""
         signal, noise = self.alpha_bar(t) ** 0.5, (1 - self.alpha_bar(t)) ** 0.5
         if self.prediction == "epsilon":
             clean, epsilon = (z - noise * output) / signal, output
@@ -87,7 +87,7 @@ class DDIMSchedule(Scheduler):
         """Run the sampler from the noise ``z`` down to the clean latent.
 
         Args:
-            predict: (z, t) to the network's output.
+            predict: maps (z, t) to the output of the network.
             progress: wraps the list of steps, for example ``tqdm``.
         """
         for t, next_t in progress(self.inference_timesteps(num_inference_steps)):

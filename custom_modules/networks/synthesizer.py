@@ -16,15 +16,15 @@ MODALITIES = ("MR", "CT")
 
 
 class Synthesizer(nn.Module):
-    """3D-WLDM, MR to synthetic CT, both (N, 1, D, H, W) in [-1, 1].
+    """3D-WLDM: MR to synthetic CT, both (N, 1, D, H, W) in [-1, 1].
 
-    Latents inside are normalised: every channel has mean 0 and standard deviation 1 over the training set, by
-    statistics that are computed once (:meth:`set_latent_scale`) and stored with the weights.
+    Latents inside are normalised: every channel has mean 0 and standard deviation 1 over the training set. Mean and
+    standard deviation are computed once (:meth:`set_latent_scale`) and stored with the weights.
 
     Args:
-        autoencoder, denoiser, schedule: the parts; the defaults of each when None.
-        hu_window: HU that the CT's [-1, 1] stands for; stored with the weights, which bring their own.
-        num_inference_steps: of :meth:`forward`.
+        autoencoder, denoiser, schedule: the parts; each with its default arguments when None.
+        hu_window: HU that are mapped to [-1, 1]; stored with the weights, and replaced when weights are loaded.
+        num_inference_steps: steps of :meth:`forward`.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Synthesizer(nn.Module):
 
     @property
     def downsampling(self) -> int:
-        """Image voxels that one voxel of the denoiser's coarsest scale covers, along each axis."""
+        """Image voxels per voxel of the denoiser's coarsest scale, along each axis."""
         return self.autoencoder.downsampling * self.denoiser.downsampling
 
     @property
@@ -60,62 +60,62 @@ class Synthesizer(nn.Module):
 
     @property
     def has_latent_scale(self) -> bool:
-        """Whether the latent scale was set, by training or by loaded weights."""
+        """Whether the latent scale has been set, by training or by loaded weights."""
         return not bool((self.latent_std == 1).all())
 
     def set_latent_scale(self, modality: str, latents: Sequence[Tensor]) -> None:
-        """Store mean and standard deviation of each channel over ``latents``, each (c, d, h, w) as encoded."""
+        """Store the mean and standard deviation of each channel over ``latents``, each (c, d, h, w) as encoded."""
         row, channels = MODALITIES.index(modality), torch.cat([z.flatten(1) for z in latents], dim=1)
         self.latent_mean[row] = channels.mean(1)
         self.latent_std[row] = channels.std(1).clamp_min(1e-6)
 
     def normalize(self, latent: Tensor, modality: str) -> Tensor:
-        """Latent as encoded (N, c, ...) to mean 0 and standard deviation 1."""
+        """Scale a latent as encoded (N, c, ...) to mean 0 and standard deviation 1."""
         mean, std = self._scale(modality)
         return (latent - mean.to(latent.device)) / std.to(latent.device)
 
     def encode(self, image: Tensor, modality: str) -> Tensor:
-        """Image to the normalised mean of its posterior (N, c, D/f, H/f, W/f)."""
+        """Return the normalised mean of an image's posterior (N, c, D/f, H/f, W/f)."""
         return self.normalize(self.autoencoder.encode(image)[0], modality)
 
     def decode(self, latent: Tensor, modality: str = "CT") -> Tensor:
-        """Normalised latent to image, clipped to [-1, 1]."""
+        """Return the image of a normalised latent, clipped to [-1, 1]."""
         mean, std = self._scale(modality)
         return self.autoencoder.decode(latent * std + mean).clamp(-1, 1)
 
     def to_hu(self, ct: Tensor) -> Tensor:
-        """CT in [-1, 1] to Hounsfield units."""
+        """Convert a CT in [-1, 1] to Hounsfield units."""
         low, high = self.hu_window.tolist()
         return (ct + 1) / 2 * (high - low) + low
 
     def condition(self, z_mr: Tensor) -> tuple[Tensor, ...]:
-        """What the denoiser makes of Z_MR, the same for every step (:meth:`LatentDenoiser.condition`)."""
+        """Compute what the denoiser needs of Z_MR, the same for every step (:meth:`LatentDenoiser.condition`)."""
         return self.denoiser.condition(z_mr)
 
     def predict(self, z: Tensor, t: int, condition: Sequence[Tensor]) -> Tensor:
-        """The denoiser's output for the noisy CT latent ``z`` at timestep ``t``, under :meth:`condition`."""
+        """Return the denoiser's output for the noisy CT latent ``z`` at timestep ``t``, given :meth:`condition`."""
         timesteps = torch.full((len(z),), t, device=z.device)
         return self.denoiser.denoise(z, timesteps, condition)
 
     def air_latent(self) -> Tensor:
-        """The normalised CT latent of air, (1, c, 1, 1, 1)."""
+        """Return the normalised CT latent of air, (1, c, 1, 1, 1)."""
         size = 8 * self.downsampling
         air = torch.full((1, 1, size, size, size), -1.0, device=self.latent_mean.device)
         centre = size // self.autoencoder.downsampling // 2
         return self.encode(air, "CT")[:, :, centre, centre, centre, None, None, None]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """``torch.compile`` the parts: :meth:`encode`, :meth:`decode` and :meth:`predict` do not pass through
-        :meth:`forward`."""
+        """Compile the parts (``torch.compile``), because :meth:`encode`, :meth:`decode` and :meth:`predict` do not pass
+        through :meth:`forward`."""
         self.autoencoder.encoder.compile(*args, **kwargs)
         self.autoencoder.decoder.compile(*args, **kwargs)
-        self.denoiser.denoise = torch.compile(self.denoiser.denoise, *args, **kwargs)
+        self.denoiser.denoise = torch.compile(self.denoiser.denoise, *args, **kwargs)  # type: ignore[method-assign]
 
     def forward(self, mr: Tensor, noise: Tensor | None = None) -> Tensor:
-        """MR to synthetic CT without windows; D, H and W must be multiples of ``downsampling``.
+        """Synthesise the CT of an MR in one piece; D, H and W must be multiples of ``downsampling``.
 
         Args:
-            noise: Z_CT^T; zeros, the mode of the prior, when None, so that a call has one answer.
+            noise: Z_CT^T; zeros, the mode of the prior, when None, so that the result is deterministic.
         """
         z_mr = self.encode(mr, "MR")
         z = torch.zeros_like(z_mr) if noise is None else noise

@@ -1,6 +1,6 @@
 """3D discrete wavelet transform and its exact inverse, for feature maps of any size.
 
-Band order: the eight bands of a one-level transform stand one after another along the channels,
+Band order: the eight bands of a one-level transform follow one another along the channels,
 ``aaa aad ada add daa dad dda ddd`` (a = low, d = high; letters along depth, height, width), each with
 all the input's channels, so ``bands[:, :channels]`` is the low band. Coefficients, signs and the
 half-sample symmetric extension at the borders are those of PyWavelets' ``dwtn(..., mode="symmetric")``.
@@ -16,7 +16,7 @@ BANDS = 8
 
 
 def _haar_matrix(reference: Tensor) -> Tensor:
-    """The orthogonal 8 x 8 matrix that takes a 2 x 2 x 2 block of voxels to its eight Haar bands."""
+    """Return the orthogonal 8 x 8 matrix that maps a 2 x 2 x 2 block of voxels to its eight Haar bands."""
     pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2**0.5
     return torch.kron(torch.kron(pair, pair), pair).to(reference)
 
@@ -32,8 +32,8 @@ def _haar_forward(x: Tensor) -> Tensor:
 
 
 def _haar_forward_of_image(x: Tensor) -> Tensor:
-    """One channel has nothing to fill a product with, so runs of up to eight voxels along the width are taken as channels,
-    without moving any: a convolution of 2 x 2 x 1 gives the bands of their blocks (benchmarks/wavelets.py)."""
+    """Transform an image of one channel. A matrix product would be too small to be fast, so up to eight neighbours along
+    the width are viewed as channels, and a 2 x 2 x 1 convolution gives the bands (benchmarks/wavelets.py)."""
     n, _, d, h, w = x.shape
     run = next(length for length in (8, 4, 2) if w % length == 0)
     blocks = torch.eye(run // 2, dtype=x.dtype, device=x.device)
@@ -47,7 +47,7 @@ def _haar_inverse(bands: Tensor) -> Tensor:
     n, c, d, h, w = bands.shape
     c //= BANDS
     bands = bands.permute(0, 2, 3, 4, 1)
-    if c == 1:  # one product for all blocks; a batch of products with a vector is several times slower
+    if c == 1:  # one product for all blocks; a batch of matrix-vector products is several times slower
         blocks = bands.reshape(-1, BANDS) @ _haar_matrix(bands)  # the matrix is symmetric
     else:
         blocks = torch.matmul(_haar_matrix(bands).T, bands.reshape(-1, BANDS, c))
@@ -56,8 +56,8 @@ def _haar_inverse(bands: Tensor) -> Tensor:
 
 
 class _Haar(torch.autograd.Function):
-    """Haar on even sizes. The transform is orthogonal: the gradient of each direction is the other one,
-    which saves autograd the copies it would make for every slice and permutation."""
+    """Haar transform of even sizes. The transform is orthogonal, so the gradient of each direction is the other one;
+    this saves the copies that autograd would make for every slice and permutation."""
 
     @staticmethod
     def forward(ctx, x: Tensor, inverse: bool) -> Tensor:
@@ -79,11 +79,11 @@ def _haar(x: Tensor, inverse: bool) -> Tensor:
 class WaveletTransform3d(nn.Module):
     """One level of a separable 3D wavelet transform, (N, C, D, H, W) to (N, 8 C, ...), and its inverse.
 
-    Haar takes 2 x 2 x 2 blocks through one orthogonal 8 x 8 matrix. Every other orthogonal or biorthogonal
-    wavelet goes through the filter banks of ``pytorch_wavelets`` along the three axes.
+    Haar multiplies 2 x 2 x 2 blocks by one orthogonal 8 x 8 matrix. Every other orthogonal or biorthogonal wavelet uses
+    the filter banks of ``pytorch_wavelets`` along the three axes.
 
     Args:
-        wavelet: a name of PyWavelets (``pywt.wavelist(kind="discrete")``).
+        wavelet: one of PyWavelets' names (``pywt.wavelist(kind="discrete")``).
 
     Raises:
         ValueError: for a name that PyWavelets does not know.
@@ -99,18 +99,18 @@ class WaveletTransform3d(nn.Module):
         from pytorch_wavelets.dwt.lowlevel import prep_filt_afb1d, prep_filt_sfb1d
 
         if wavelet not in pywt.wavelist(kind="discrete"):
-            raise ValueError(f"unknown wavelet '{wavelet}': take one of pywt.wavelist(kind='discrete')")
+            raise ValueError(f"unknown wavelet '{wavelet}': use one of pywt.wavelist(kind='discrete')")
         w = pywt.Wavelet(wavelet)
         taps = [*prep_filt_afb1d(w.dec_lo, w.dec_hi), *prep_filt_sfb1d(w.rec_lo, w.rec_hi)]
         self.filters = nn.ParameterList(nn.Parameter(t.flatten(), requires_grad=False) for t in taps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, D, H, W) to (N, 8 C, ...), in the precision of ``x``: autocast would round the image itself."""
+        """Transform (N, C, D, H, W) to (N, 8 C, ...), in the precision of ``x``: autocast would round the image."""
         with torch.autocast(x.device.type, enabled=False):
             return self._filter_forward(x) if self.filters else self._pad_and_transform(x)
 
     def inverse(self, bands: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
-        """(N, 8 C, ...) back to (N, C, *size). ``size`` is the spatial size that was transformed."""
+        """Transform (N, 8 C, ...) back to (N, C, *size). ``size`` is the spatial size that was transformed."""
         with torch.autocast(bands.device.type, enabled=False):
             x = self._filter_inverse(bands, size) if self.filters else _haar(bands, inverse=True)
             return x[:, :, : size[0], : size[1], : size[2]]
@@ -125,6 +125,7 @@ class WaveletTransform3d(nn.Module):
     def _filter_forward(self, x: Tensor) -> Tensor:
         from pytorch_wavelets.dwt.lowlevel import afb1d
 
+        assert self.filters is not None
         channels = x.shape[1]
         for axis in (2, 3, 4):  # each pass appends its letter to the band's name, so depth is the slowest
             lines, back = _as_images(x, axis)
@@ -135,6 +136,7 @@ class WaveletTransform3d(nn.Module):
     def _filter_inverse(self, bands: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
         from pytorch_wavelets.dwt.lowlevel import sfb1d
 
+        assert self.filters is not None
         filters = [f.to(bands).view(1, 1, -1, 1) for f in self.filters[2:]]
         x = bands.unflatten(1, (2, 2, 2, -1)).permute(0, 3, 2, 1, 4, 5, 6, 7).flatten(1, 4)
         for axis, length in zip((4, 3, 2), reversed(size)):
@@ -145,7 +147,8 @@ class WaveletTransform3d(nn.Module):
 
 
 def _as_images(x: Tensor, axis: int):
-    """Lay ``axis`` first and flatten the two others, for a 1D filter bank that works on images; and the way back."""
+    """Move ``axis`` to the front and flatten the other two, for a 1D filter bank that works on images. Return these
+    images and the function that undoes it."""
     rest = [a for a in (2, 3, 4) if a != axis]
     order = (0, 1, axis, *rest)
     sizes = [x.shape[a] for a in rest]

@@ -19,14 +19,14 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def load_weights(network: Network, path: str | Path, trained_with: Mapping[str, Any] | None = None) -> Network:
-    """Load a state dict strictly; half precision on disk becomes the network's own.
+    """Load a state dict strictly; half precision on disk is converted to the precision of the network.
 
     Args:
-        trained_with: what the config says that the weights depend on, such as the spacing; None checks nothing.
+        trained_with: values in the config that the weights depend on, such as the spacing; None checks nothing.
 
     Raises:
         InputError: when the file is missing or damaged, does not fit the network, or was trained with other values than
-            those of ``trained_with`` or the network's own HU window.
+            those of ``trained_with`` or the network's HU window.
     """
     state, stored = read_weights(path)
     check_trained_with(path, stored, trained_with or {})
@@ -42,11 +42,11 @@ def load_weights(network: Network, path: str | Path, trained_with: Mapping[str, 
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The state dict in a file and what it was trained with, empty where the file does not say. Nothing in the file is
-    executed (``weights_only=True``).
+    """Return the state dict in a file, and the values that it was trained with (empty where the file does not say).
+    Nothing in the file is executed (``weights_only=True``).
 
     Raises:
-        InputError: when the file is missing, damaged or no state dict.
+        InputError: when the file is missing or damaged, or holds no state dict.
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such weights; train them (docs/training.md) or give the path of others")
@@ -63,7 +63,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def check_trained_with(path: str | Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise InputError that lists every value in which ``stored`` and ``wanted`` differ."""
+    """Raise InputError with every value in which ``stored`` and ``wanted`` differ, unless they agree."""
     pairs = {name: (stored[name], value) for name, value in to_plain(wanted).items() if name in stored}
     wrong = [
         f"{name} {a}, not {b}" for name, (a, b) in pairs.items() if not np.array_equal(np.asarray(a), np.asarray(b))
@@ -77,8 +77,8 @@ def check_trained_with(path: str | Path, stored: Mapping[str, Any], wanted: Mapp
 def load_weights_or_stop(
     network: Network, path: str | Path, trained_with: Mapping[str, Any] | None = None, compile: bool = False
 ) -> Network:
-    """:func:`load_weights` for configs: an :class:`InputError` ends the program with its one line. With ``compile`` the
-    network is compiled afterwards (``torch.compile``)."""
+    """Load weights as :func:`load_weights` does, for configs: an :class:`InputError` ends the program with its one line.
+    With ``compile`` the network is compiled afterwards (``torch.compile``)."""
     try:
         load_weights(network, path, trained_with)
         if compile:
@@ -92,8 +92,8 @@ def save_weights(
     network: nn.Module | Mapping[str, Any], path: str | Path, dtype: torch.dtype = torch.float16,
     trained_with: Mapping[str, Any] | None = None,
 ) -> str:  # fmt: skip
-    """Write the state dict of a network, or a state dict, with floating point as ``dtype``, together with what it was
-    ``trained_with``, and return the file's SHA-256."""
+    """Write a state dict, or that of a network, with floating point numbers as ``dtype``, together with the values that
+    it was ``trained_with``. Return the SHA-256 of the file."""
     state = network.state_dict() if isinstance(network, nn.Module) else network
     state = {k: v.detach().cpu().to(dtype) if v.is_floating_point() else v for k, v in state.items()}
     if trained_with:

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 class Adversary:
     """The adversarial term of Eq. 8, and the handler that trains its discriminator after each step of the autoencoder.
 
-    Least squares (MONAI's ``PatchAdversarialLoss``). Silent for the first ``warmup`` iterations, in which the
-    discriminator is trained already for the second half.
+    The loss is least squares (MONAI's ``PatchAdversarialLoss``). The term is 0 for the first ``warmup`` iterations; the
+    discriminator is trained from the middle of them on.
 
     Args:
-        discriminator: image (N, 1, D, H, W) to a list of feature maps whose last is the logits, as MONAI's
-            ``PatchDiscriminator``.
+        discriminator: maps an image (N, 1, D, H, W) to a list of feature maps, the last of them the logits, as MONAI's
+            ``PatchDiscriminator`` does.
         optimizer: of the discriminator.
-        weight: gamma; 0 leaves the term and the discriminator out.
+        weight: gamma; 0 disables the term and the discriminator.
         warmup: iterations.
-        wrap: for distributed training, what the discriminator's own step goes through.
+        wrap: wraps the discriminator for its own training step, for distributed training.
         amp: bfloat16 autocast.
     """
 
@@ -51,7 +51,7 @@ class Adversary:
         self.iteration = engine.state.iteration
 
     def __call__(self, reconstruction: Tensor) -> Tensor:
-        """gamma times how well ``reconstruction`` is told from an image; 0 during the warm-up."""
+        """Return gamma times the loss by which ``reconstruction`` is told from an image; 0 during the warm-up."""
         if not self.weight or self.iteration <= self.warmup:
             return reconstruction.new_zeros(())
         self.discriminator.requires_grad_(False)
@@ -61,7 +61,7 @@ class Adversary:
         return self.weight * self.loss(logits.float(), target_is_real=True, for_discriminator=False)
 
     def images(self, engine: Engine) -> tuple[Tensor, Tensor]:
-        """What the discriminator learns to tell apart: generated images, detached, and real ones."""
+        """Return what the discriminator learns to tell apart: generated images, detached, and real ones."""
         return engine.state.output["pred"][0].detach(), engine.state.output["image"]
 
     def _train(self, engine: Engine) -> None:

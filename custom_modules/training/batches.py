@@ -1,4 +1,4 @@
-"""What the training stages feed their networks: latents of whole volumes, and a batch as each loss wants it."""
+"""Batches of the training stages: the input of each network, and the target in the form that each loss needs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from custom_modules.training.losses import valid_voxels
 
 
 class AutocastInferer(Inferer):
-    """Run another inferer in bfloat16 autocast on whatever device the network is."""
+    """Runs another inferer in bfloat16 autocast on the device of the network."""
 
     def __init__(self, inferer: Callable[..., Any], enabled: bool = True) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ def _as_tensor(batchdata: Mapping[str, Tensor], key: str, device: Any, non_block
 
 
 class PairPrepareBatch(PrepareBatch):
-    """Stage 1: MR and CT of several patients stacked to one batch, which is its own target."""
+    """Stage 1: MR and CT of several patients stacked into one batch, which is also the target."""
 
     def __call__(
         self, batchdata: Mapping[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
@@ -46,7 +46,7 @@ class PairPrepareBatch(PrepareBatch):
 
 
 class ReconstructionPrepareBatch(PrepareBatch):
-    """Stage 1's validation: the CT as input, and as target the CT with the voxels that count as a second channel."""
+    """Validation of stage 1: the CT as input; the target has the mask of the voxels that count as a second channel."""
 
     def __call__(
         self, batchdata: Mapping[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
@@ -56,7 +56,7 @@ class ReconstructionPrepareBatch(PrepareBatch):
 
 
 class SynthesisPrepareBatch(PrepareBatch):
-    """Regression baselines: the MR as input, and as target the CT with where it can teach (:func:`valid_voxels`)."""
+    """Regression baselines: the MR as input, and as target the CT with its valid voxels (:func:`valid_voxels`)."""
 
     def __call__(
         self, batchdata: Mapping[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
@@ -66,7 +66,7 @@ class SynthesisPrepareBatch(PrepareBatch):
 
 
 class ReconstructionInferer(Inferer):
-    """Stage 1's validation: a volume encoded and decoded, without sampling, in tiles of ``tile_size``."""
+    """Validation of stage 1: encodes and decodes a volume, without sampling, in tiles of ``tile_size``."""
 
     def __init__(self, tile_size: Sequence[int], amp: bool = True) -> None:
         super().__init__()
@@ -84,8 +84,8 @@ class ReconstructionInferer(Inferer):
 
 
 class LatentPrepareBatch(DiffusionPrepareBatch):
-    """Stage 2 (Eq. 12): CT latents as input, MR latents as condition for MONAI's ``DiffusionInferer``, random
-    timesteps, and as target the schedule's own, noise or velocity, with where the pair is valid."""
+    """Stage 2 (Eq. 12): CT latents as input, MR latents as condition for MONAI's ``DiffusionInferer``, and random
+    timesteps. The target is that of the schedule, noise or velocity, with the valid voxels of the pair."""
 
     def __init__(self, schedule: DDIMSchedule) -> None:
         super().__init__(schedule.num_train_timesteps, condition_name="z_mr")
@@ -103,8 +103,8 @@ class LatentPrepareBatch(DiffusionPrepareBatch):
 
 
 class EstimatePrepareBatch(LatentPrepareBatch):
-    """Fine-tuning: as stage 2, with the CT itself behind the targets, and half of each batch at the timestep that
-    sampling starts from."""
+    """Fine-tuning: as stage 2, with the CT itself after the other targets, and half of each batch at the timestep from
+    which sampling starts."""
 
     def get_timesteps(self, images: Tensor) -> Tensor:
         timesteps = super().get_timesteps(images)
@@ -121,7 +121,7 @@ class EstimatePrepareBatch(LatentPrepareBatch):
 class OneStepEstimate(nn.Module):
     """The denoiser's output for noisy latents, and the decoded one-step estimate of the clean latent (Eq. 14).
 
-    A module, so that the gradients of both networks pass through one ``forward``, as distributed training needs.
+    It is a module because distributed training needs the gradients of both networks to pass through one ``forward``.
     """
 
     def __init__(self, network: Synthesizer) -> None:

@@ -1,4 +1,4 @@
-"""Equal time for every system of a comparison: a training that ends by the clock."""
+"""Training that ends after a given time, so that every system of a comparison is trained equally long."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ logger = logging.getLogger(__name__)
 
 
 class TimeBudget:
-    """Handler that ends a training after ``minutes`` of wall time, over all its resumptions.
+    """Handler that ends a training after ``minutes`` of wall time, summed over all its resumptions.
 
-    Everything after :meth:`start` counts: encoding latents, steps, validation, checkpoints. The validator runs
-    ``validations`` times at even shares of the budget, the last time at its end, or when the last epoch is over; with
-    ``patience``, that many validations in turn without a better one end the training too. Then ``path`` says what was
-    used: it is the sign that the training is complete.
+    All time after :meth:`start` counts: encoding latents, steps, validation, checkpoints. The validator runs
+    ``validations`` times at equal intervals, the last time at the end of the budget or of the last epoch. Training also
+    ends after ``patience`` validations in a row without improvement. Then ``path`` is written, which marks the training
+    as complete.
 
     Args:
-        minutes: of wall time, validation included; the last validation may go beyond.
-        validator: ``run(epoch)``, with ``metric`` in its state.
-        metric: whose smallest value is best.
-        path: JSON: steps, minutes, CPU minutes of this process, and the best validation.
+        minutes: of wall time, validation included; the last validation may exceed it.
+        validator: evaluator with ``run(epoch)`` and with ``metric`` in its state.
+        path: JSON with the steps, minutes, CPU minutes of this process, and the best validation.
+        metric: name of the metric, whose smallest value is best.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class TimeBudget:
         self.best, self.begun = math.inf, (clock(), time.process_time())
 
     def start(self, trainer: Any) -> None:
-        """The clock runs from here on, when the ``trainer``, and with it the data in memory, has been made."""
+        """Start the clock, once the ``trainer`` and its data are in memory."""
         self.begun = (self.clock(), time.process_time())
 
     @property
@@ -53,11 +53,11 @@ class TimeBudget:
 
     @property
     def share(self) -> float:
-        """Of the budget that is used, in [0, 1]."""
+        """Fraction of the budget that is used, in [0, 1]."""
         return min(self.seconds[0] / (60 * self.minutes), 1.0)
 
     def rate(self, step: int, warmup: int = 100) -> float:
-        """What the learning rate is multiplied by: linear over the first ``warmup`` steps, a cosine over the budget."""
+        """Return the factor on the learning rate: linear over the first ``warmup`` steps, a cosine over the budget."""
         return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * self.share))
 
     def attach(self, engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""A run on disk: its checkpoints and its best weights."""
+"""The checkpoints and the best weights of a run."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointSaver:
-    """Saves all of a run's state every ``interval`` iterations and after each epoch, and resumes from it.
+    """Saves the whole state of a run every ``interval`` iterations and after each epoch, and resumes from it.
 
-    A checkpoint is written beside its place and renamed, so that a run that dies while writing keeps the one before;
-    the last ``keep`` stay. Whatever is random is a function of the iteration (:class:`StepSeed`,
-    :class:`~custom_modules.data.sampler.DistinctPatientSampler`), so that the iteration is all the random state there is.
+    A checkpoint is written to a temporary file and renamed, so that a run that dies while writing keeps the previous
+    one; the last ``keep`` are kept. Everything random is a function of the iteration (:class:`StepSeed`,
+    :class:`~custom_modules.data.sampler.DistinctPatientSampler`), so the iteration is the only random state.
 
     Args:
         folder: of the run.
-        state: objects with ``state_dict`` and ``load_state_dict`` by name.
+        state: objects with ``state_dict`` and ``load_state_dict``, by name.
         interval: in iterations.
-        keep: checkpoints that stay.
-        rank: only the first process writes.
+        keep: number of checkpoints to keep.
+        rank: of this process; only the first one writes.
     """
 
     PATTERN = re.compile(r"checkpoint_(\d+)\.pt")
@@ -43,20 +43,20 @@ class CheckpointSaver:
         self.folder, self.state, self.interval, self.keep, self.rank = Path(folder), dict(state), interval, keep, rank
 
     def found(self) -> list[Path]:
-        """The run's checkpoints, oldest first."""
+        """Return the checkpoints of the run, oldest first."""
         matches = [(self.PATTERN.fullmatch(path.name), path) for path in self.folder.glob("checkpoint_*.pt")]
         return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
     def begin(self, engine: Engine, resume: bool = False) -> None:
-        """Save ``engine``'s run from now on, after its other handlers; with ``resume``, first bring it and the state to the
+        """Save the run of ``engine`` from now on, after its other handlers. With ``resume``, first restore it from the
         newest checkpoint that can be read.
 
-        Ends the program where the folder holds a run and ``resume`` is off.
+        Ends the program if the folder holds a run and ``resume`` is off.
         """
         if resume:
             self._resume(engine)
         elif self.found():
-            stop(f"{self.folder}: holds a run already; go on with --resume true, or give another --output_dir")
+            stop(f"{self.folder}: holds a run already; continue it with --resume true, or give another --output_dir")
         if self.rank == 0:
             engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self._within_epoch)
             engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
@@ -66,7 +66,7 @@ class CheckpointSaver:
             try:
                 saved = torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:
-                logger.warning("%s cannot be read (%s), taking the one before", path, type(error).__name__)
+                logger.warning("%s cannot be read (%s), using the previous one", path, type(error).__name__)
                 continue
             self._restore(engine, saved, path)
             return
@@ -75,21 +75,21 @@ class CheckpointSaver:
     def _restore(self, engine: Engine, saved: dict[str, Any], path: Path) -> None:
         length = engine.state.epoch_length
         if saved["epoch_length"] != length:
-            stop(f"{path}: was saved with {saved['epoch_length']} batches an epoch, the config says {length}")
+            stop(f"{path}: was saved with {saved['epoch_length']} batches per epoch, the config says {length}")
         try:
             for name, item in self.state.items():
                 item.load_state_dict(saved[name])
         except (KeyError, RuntimeError, ValueError) as error:
-            stop(f"{path}: of another model or config than this one ({' '.join(str(error).split())[:160]})")
+            stop(f"{path}: belongs to another model or config ({' '.join(str(error).split())[:160]})")
         iteration = saved["iteration"]
         engine.state.iteration, engine.state.epoch = iteration, iteration // length
         engine.data_loader.batch_sampler.start = iteration  # type: ignore[attr-defined]
         if iteration >= length * engine.state.max_epochs:
-            stop(f"{path}: the run is complete; give a larger --max_epochs to go on")
+            stop(f"{path}: the run is complete; give a larger --max_epochs to continue")
         logger.info("resuming %s after %d iterations", path, iteration)
 
     def _within_epoch(self, engine: Engine) -> None:
-        if engine.state.iteration % engine.state.epoch_length:  # the epoch's last is saved after its validation
+        if engine.state.iteration % engine.state.epoch_length:  # the last of an epoch is saved after its validation
             self.save(engine)
 
     def save(self, engine: Engine) -> None:
@@ -102,11 +102,11 @@ class CheckpointSaver:
 
 
 class BestWeights:
-    """Handler of the evaluator that keeps the network of the best validation as ``path``.
+    """Handler of the evaluator that saves the network of the best validation to ``path``.
 
     Args:
         metric: name of the metric, whose smallest value is best.
-        trained_with: what the weights depend on; stored with them.
+        trained_with: values that the weights depend on; stored with them.
     """
 
     def __init__(

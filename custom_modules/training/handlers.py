@@ -20,12 +20,12 @@ from custom_modules.training.checkpoints import BestWeights
 
 
 def loss_value(output: Mapping[str, Any]) -> float:
-    """The loss in the output of a training step."""
+    """Return the loss in the output of a training step."""
     return float(output["loss"].detach())
 
 
 def smaller_is_better(value: float, best: float) -> bool:
-    """For the key metric of an evaluator, whose best is -1 before the first validation."""
+    """Compare values of an evaluator's key metric, whose best is -1 before the first validation."""
     return value < best or best < 0
 
 
@@ -56,7 +56,7 @@ class StepSeed:
 
 
 class GradientClipping:
-    """Handler that clips the norm of the gradient before each optimiser step, that is every ``accumulation`` batches."""
+    """Handler that clips the norm of the gradient before each optimiser step, every ``accumulation`` batches."""
 
     def __init__(self, max_norm: float, accumulation: int = 1) -> None:
         self.max_norm, self.accumulation = max_norm, accumulation
@@ -70,7 +70,7 @@ class GradientClipping:
 
 
 class AfterStep:
-    """Handler that calls ``actions`` after each optimiser step, such as a learning rate schedule's."""
+    """Handler that calls ``actions`` after each optimiser step, such as the step of a learning rate schedule."""
 
     def __init__(self, actions: Sequence[Callable[[], Any]], accumulation: int = 1) -> None:
         self.actions, self.accumulation = actions, accumulation
@@ -84,7 +84,7 @@ class AfterStep:
 
 
 class StopOnNonFinite:
-    """Handler that ends the run, before the weights are touched, when the loss is not finite; it names the batch."""
+    """Handler that ends the run when the loss is not finite, before the weights change, and names the batch."""
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
@@ -95,13 +95,13 @@ class StopOnNonFinite:
             names = ", ".join(engine.state.batch["patient"])
             stop(
                 f"the loss is {float(loss)} at iteration {engine.state.iteration}, patients {names}; the last "
-                "checkpoint is good: look at these volumes, or --resume true with a lower --learning_rate"
+                "checkpoint is good: check these volumes, or --resume true with a lower --learning_rate"
             )
 
 
 class ValidateAtEnd:
-    """Handler that validates when a training ends and its last iteration has not been validated, so that no run ends
-    without weights, whatever the interval of the validations.
+    """Handler that validates at the end of a training, unless its last iteration has been validated, so that every run
+    leaves weights, whatever the interval between validations.
 
     Args:
         validator: evaluator with ``run(epoch)``.
@@ -123,7 +123,7 @@ class ValidateAtEnd:
 
 
 class ProgressBar:
-    """Handler that shows the whole run's iterations, the loss and the time left."""
+    """Handler that shows the iterations of the whole run, the loss and the time left."""
 
     def __init__(self, disable: bool = False) -> None:
         self.disable = disable
@@ -135,7 +135,14 @@ class ProgressBar:
 
     def _open(self, engine: Engine) -> None:
         total = engine.state.epoch_length * engine.state.max_epochs
-        self.bar = tqdm(total=total, initial=engine.state.iteration, desc="training", unit="step", mininterval=1.0, disable=self.disable)
+        self.bar = tqdm(
+            total=total,
+            initial=engine.state.iteration,
+            desc="training",
+            unit="step",
+            mininterval=1.0,
+            disable=self.disable,
+        )
 
     def _update(self, engine: Engine) -> None:
         self.bar.set_postfix(loss=f"{engine.state.output['loss'].item():.4g}", refresh=False)
@@ -143,8 +150,8 @@ class ProgressBar:
 
 
 class ValidationMontage:
-    """Handler of the evaluator that puts a picture into TensorBoard: a row a patient, its middle coronal plane of MR,
-    prediction and CT, each in its whole window."""
+    """Handler of the evaluator that adds a picture to TensorBoard: one row per patient, with the middle coronal plane of
+    MR, prediction and CT, each in its whole window."""
 
     def __init__(self, log_dir: str | Path, patients: int = 4) -> None:
         self.log_dir, self.patients, self.rows = log_dir, patients, []
@@ -172,5 +179,5 @@ WRITERS = (ProgressBar, StatsHandler, TensorBoardStatsHandler, ValidationMontage
 
 
 def handlers_of_rank(handlers: Sequence[Any], rank: int) -> list[Any]:
-    """All ``handlers`` for rank 0; for the others those that write nothing."""
+    """Return all ``handlers`` for rank 0, and only those that write nothing for other ranks."""
     return [handler for handler in handlers if rank == 0 or not isinstance(handler, WRITERS)]

@@ -20,20 +20,21 @@ from custom_modules.training.losses import valid_voxels
 
 
 class LatentDataset(Randomizable, Dataset):
-    """MR and CT latents of whole volumes, encoded once by the frozen autoencoder; a random crop of one an item.
+    """MR and CT latents of whole volumes, encoded once by the frozen autoencoder; an item is a random crop of one.
 
-    Every patient is encoded in ``copies`` augmented copies (posterior means, half precision in memory), so that
-    stage 2 is spent on the denoiser. Latents come from whole volumes, as in sampling: a crop of them knows what
-    stands beside it. A network whose latent scale was never set gets it here, from the training latents.
+    Every patient is encoded in ``copies`` augmented copies (posterior means, kept in half precision), so that stage 2
+    spends its time on the denoiser. Latents come from whole volumes, as in sampling, so that a crop contains what the
+    autoencoder saw around it. If the latent scale of the network is not set, it is set here, from the training latents.
 
-    Items are ``image``, the CT latent, and ``z_mr``, both (c, *roi / f) and normalised; ``valid`` (1, *roi) at the same
+    Items have ``image``, the CT latent, and ``z_mr``, both (c, *roi / f) and normalised; ``valid`` (1, *roi) at the same
     place, see :func:`valid_voxels`; with ``images`` also ``label``, the CT (1, *roi) in [-1, 1]; and ``patient``.
 
     Args:
         data: datalist of ``image`` and ``label``.
-        transform: deterministic and then random, up to images in [-1, 1].
-        network: with the autoencoder's weights.
+        transform: deterministic transforms, then random ones; its results are images in [-1, 1].
+        network: has the weights of the autoencoder.
         roi_size: of a crop, in image voxels.
+        copies: augmented copies of each patient.
         images: keep the CT itself too.
     """
 
@@ -55,7 +56,7 @@ class LatentDataset(Randomizable, Dataset):
         self.latents: list[list[dict[str, Any]]] = []
 
     def encode(self) -> None:
-        """Encode all patients; once, before the first item is asked for. The same copies for the same seed."""
+        """Encode all patients; call it once, before the first item is read. The same seed gives the same copies."""
         count = len(self.data)
         keys = [(patient, seed_of(self.seed, copy, patient)) for copy in range(self.copies) for patient in range(count)]
         images = SeededDataset(CacheDataset(self.data, self.transform))
@@ -89,13 +90,13 @@ class LatentDataset(Randomizable, Dataset):
         return {**item, "label": ct[0].cpu().half()} if self.images else item
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        version = self.latents[index][self.R.randint(len(self.latents[index]))]
+        copy = self.latents[index][self.R.randint(len(self.latents[index]))]
         f = self.network.autoencoder.downsampling
         roi = [size // f for size in self.roi_size]
-        start = [self.R.randint(size - r + 1) for size, r in zip(version["image"].shape[1:], roi)]
+        start = [self.R.randint(size - r + 1) for size, r in zip(copy["image"].shape[1:], roi)]
 
         def crop(volume: Tensor, scale: int) -> Tensor:
             return volume[(..., *(slice(s * scale, (s + r) * scale) for s, r in zip(start, roi)))].float()
 
         scales = {"image": 1, "z_mr": 1, "valid": f, "label": f}
-        return {key: crop(value, scales[key]) if key in scales else value for key, value in version.items()}
+        return {key: crop(value, scales[key]) if key in scales else value for key, value in copy.items()}

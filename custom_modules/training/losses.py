@@ -14,16 +14,16 @@ from custom_modules.training.adversary import Adversary
 class AutoencoderLoss(nn.Module):
     """L_pre (Eq. 8): L2 reconstruction + alpha KL + beta L_D + gamma adversarial.
 
-    KL is averaged over latent elements, so that alpha does not depend on the crop size. The value of every term
-    at the last call is in ``terms``, with the cosines of Eqs. 3 to 6.
+    KL is averaged over latent elements, so that alpha does not depend on the crop size. ``terms`` holds the value of
+    every term at the last call, and the cosines of Eqs. 3 to 6.
 
     Args:
         kl_weight: alpha.
-        disentanglement_weight: beta; 0 leaves the latent as it comes (the paper's ablation).
-        adversary: the adversarial term, which carries gamma; none when None.
-        perceptual: an optional further term, (reconstruction, target) to a scalar, such as MONAI's
+        disentanglement_weight: beta; 0 disables disentanglement (the paper's ablation).
+        adversary: the adversarial term, which includes gamma; no such term when None.
+        perceptual: optional further term that maps (reconstruction, target) to a scalar, such as MONAI's
             ``PerceptualLoss``.
-        perceptual_weight: of it.
+        perceptual_weight: factor on that term.
     """
 
     def __init__(
@@ -65,9 +65,10 @@ class AutoencoderLoss(nn.Module):
 
 
 def valid_voxels(mr: Tensor, ct: Tensor) -> Tensor:
-    """The valid voxels of a pair: not those where the MR shows tissue and the CT air, beyond the CT's own field of view.
+    """Return the mask of valid voxels of a pair. Voxels where the MR shows tissue and the CT air are not valid: there
+    the body extends beyond the field of view of the CT.
 
-    Both in [-1, 1]; tissue is MR above 8 % of its window, air is CT in the lowest 23 % of its (below -400 HU).
+    Both are in [-1, 1]. Tissue is MR above 8 % of its window, air is CT in the lowest 23 % of its window (below -400 HU).
     """
     return ~((mr > -0.84) & (ct < -0.54))
 
@@ -77,7 +78,7 @@ def _mean_where(values: Tensor, where: Tensor) -> Tensor:
 
 
 class ValidL1Loss(nn.Module):
-    """L1 between an image and the CT, both (N, 1, D, H, W) in [-1, 1], where the pair is valid (:func:`valid_voxels`)."""
+    """L1 between an image and the CT, both (N, 1, D, H, W) in [-1, 1], over valid voxels (:func:`valid_voxels`)."""
 
     def forward(self, image: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
         ct, valid = target
@@ -85,10 +86,10 @@ class ValidL1Loss(nn.Module):
 
 
 class LatentDiffusionLoss(nn.Module):
-    """The latent diffusion loss (Eq. 12) where the pair is valid: L2 between the denoiser's output and the schedule's
-    target, over latent voxels that hold at most one invalid voxel in twenty.
+    """The latent diffusion loss (Eq. 12): L2 between the denoiser's output and the target of the schedule, over latent
+    voxels in which at most one image voxel in twenty is invalid.
 
-    ``prediction`` (N, c, d, h, w); ``target`` is (the schedule's target, valid (N, 1, D, H, W)).
+    ``prediction`` is (N, c, d, h, w); ``target`` is (the schedule's target, valid (N, 1, D, H, W)).
     """
 
     def forward(self, prediction: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
@@ -98,8 +99,8 @@ class LatentDiffusionLoss(nn.Module):
 
 
 class EstimateLoss(nn.Module):
-    """L1 between decoded estimate and CT, + ``latent_weight`` times the latent diffusion loss (Eq. 12), both where the
-    pair is valid."""
+    """L1 between decoded estimate and CT, plus ``latent_weight`` times the latent diffusion loss (Eq. 12), both over
+    valid voxels."""
 
     def __init__(self, latent_weight: float = 0.02) -> None:
         super().__init__()

@@ -21,18 +21,18 @@ from custom_modules.settings import plain_settings
 
 
 class RunRecord:
-    """Writes ``folder``/run.json: when, with what command, settings, packages, commit, data and hardware a training ran.
+    """Writes ``folder``/run.json: start time, command, settings, packages, commit, data and hardware of a training.
 
     Args:
         folder: of the run.
-        rank: only the first process writes.
+        rank: of this process; only the first one writes.
     """
 
     def __init__(self, folder: str | Path, rank: int = 0) -> None:
         self.folder, self.rank = Path(folder), rank
 
     def write(self, data_sha256: str = "") -> None:
-        """Add a record to the list in run.json, which is longer than one where a run was resumed.
+        """Add a record to the list in run.json, which has several records if the run was resumed.
 
         Args:
             data_sha256: fingerprint of the data, see :class:`~custom_modules.data.pairs.DataCheck`.
@@ -59,7 +59,7 @@ def write_record(folder: str | Path, settings: Mapping[str, Any], data_sha256: s
 
 
 def hardware() -> dict[str, Any]:
-    """CPU model, cores that this process may use, and GPUs."""
+    """Return the CPU model, the number of cores that this process may use, and the GPUs."""
     info = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.+)", info.read_text()) if info.is_file() else []
     cpu = models[0] if models else platform.processor() or platform.machine()
@@ -72,7 +72,7 @@ def hardware() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The repository's commit, with ``+`` where files were changed; None outside a repository."""
+    """Return the commit of the repository, with ``+`` if files were changed; None outside a repository."""
     root = Path(__file__).parent
     try:
         run: Callable[[Iterable[str]], str] = lambda arguments: subprocess.run(  # noqa: E731
