@@ -402,6 +402,45 @@ def test_two_requests_at_once_get_each_its_own(server, by_bundle, tmp_path):
 
 
 @live
+def test_fifty_hostile_requests_beside_good_ones(server, by_bundle, mr, tmp_path):
+    """Broken forms, bodies of noise, refused requests and files, and paths that lead outside, eight at a time: the server
+    stays up, the good requests get what they should, and nothing is left or written elsewhere."""
+    files, noise = list(files_to_refuse(tmp_path).values()), np.random.default_rng(0)
+    (tmp_path / "list.csv").write_text(f"image\n{mr}\n")
+    before = files_in(server.studies.parent)
+
+    def raw(number: int) -> int:
+        """A request whose body is not what its header says."""
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
+        kind = ["multipart/form-data; boundary=xyz", "multipart/form-data"][number % 2]
+        connection.request("POST", f"/infer/{MODEL}?image=mr", noise.bytes(2000), {"Content-Type": kind})
+        return connection.getresponse().status
+
+    def good(seed: int) -> Path:
+        target = tmp_path / f"good{seed}.nii.gz"
+        Client(server.address).infer(MODEL, "mr", {**SETTINGS, "seed": 3}, target)
+        return target
+
+    quick = [case for name, case in REFUSED.items() if "unlike" not in name]
+    hostile = [lambda c=case: server.ask(*c[:3])[0] for case in quick]
+    hostile += [lambda f=file: server.ask("POST", f"/infer/{MODEL}", {}, f)[0] for file in [*files, tmp_path / "list.csv"]]
+    hostile += [lambda n=number: raw(n) for number in range(50 - len(hostile))]
+    order = noise.permutation(len(hostile))
+    with ThreadPoolExecutor(8) as pool:
+        results = [pool.submit(hostile[n]) for n in order]
+        answers = [pool.submit(good, seed) for seed in range(4)]
+        statuses = [result.result() for result in results]
+        made = [answer.result() for answer in answers]
+    assert len(statuses) == 50 and {s for s in statuses if not 400 <= s < 500} == set()
+    for path in made:
+        assert_same(path, by_bundle / "mr_sct.nii.gz")
+    server.wait_until_idle()
+    kept = {"studies/labels/uncertainty/mr.nii.gz", "studies/datastore_v2.json"}  # of the good requests
+    assert server.leftovers() == [] and set(files_in(server.studies.parent)) <= set(before) | kept
+    assert server.process.poll() is None
+
+
+@live
 def test_a_client_that_hangs_up_leaves_nothing(server, mr):
     form = _form("xyz", {"params": "{}"}, mr)
     for sent in (form, form[: len(form) // 2]):  # after the request, and in the middle of it
