@@ -76,8 +76,12 @@ class Setting:
             if self.nullable:
                 return None
             raise InputError(f"--{name} {value}: must be {self.allowed}")
+        if isinstance(value, str) and not value.strip():
+            raise InputError(f"--{name}: is empty; give {self.allowed}")
         try:
             return self._check(self._convert(value))
+        except InputError:
+            raise
         except (TypeError, ValueError, OverflowError):
             raise InputError(f"--{name} {value}: must be {self.allowed}") from None
 
@@ -100,8 +104,6 @@ class Setting:
         if isinstance(value, list) and (len(value) != self.size or (self.increasing and value != sorted(set(value)))):
             raise ValueError
         if self.choices and value not in self.choices:
-            raise ValueError
-        if isinstance(value, str) and not value.strip():
             raise ValueError
         return value
 
@@ -267,7 +269,11 @@ def plain_settings() -> dict[str, Any]:
     parser = current_parser()
     resolved = parser.ref_resolver.resolved_content
     values = {name: resolved.get(name, value) for name, value in parser.get().items()}
-    return {name: value for name, value in values.items() if _is_plain(value) and not _is_expression(value)}
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in STRUCTURE and _is_plain(value) and not _is_expression(value)
+    }
 
 
 def _is_plain(value: Any) -> bool:

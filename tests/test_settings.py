@@ -74,7 +74,7 @@ def test_true_is_true_and_false_is_false_everywhere(name, text):
     ],
 )  # fmt: skip
 def test_a_value_that_is_not_allowed_is_refused_in_one_line_with_what_is(name, value):
-    with pytest.raises(InputError, match=f"--{name} ") as error:
+    with pytest.raises(InputError, match=f"--{name}[ :]") as error:
         SETTINGS[name].parse(name, value)
     assert "\n" not in str(error.value) and str(value) in str(error.value)
 
@@ -172,3 +172,8 @@ def test_allowed_values_are_said_in_words():
     assert SETTINGS["hu_window"].allowed == "2 increasing numbers"
     assert SETTINGS["memory_limit"].allowed == "a number of at least 0.1, or null"
     assert Setting("str", "", choices=("a", "b")).allowed == "one of a, b"
+
+
+def test_a_gpu_that_is_not_there_is_refused_with_how_many_there_are():
+    with pytest.raises(InputError, match="--device cuda:99: this machine has .* CUDA devices; give cpu"):
+        SETTINGS["device"].parse("device", "cuda:99")
