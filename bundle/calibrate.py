@@ -12,7 +12,7 @@ from tqdm import tqdm
 from bundle.workflow import ROOT, inference_workflow
 from custom_modules.data.body import ct_body_mask
 from custom_modules.data.pairs import load_pairs
-from custom_modules.data.volumes import beside, read_volume
+from custom_modules.data.volumes import read_volume, sibling_path
 from custom_modules.errors import InputError
 from custom_modules.evaluation.uncertainty import coverage, fit_scale
 from custom_modules.files import inside, sha256, write_json
@@ -69,7 +69,7 @@ def calibrate(
 
 def _error_and_sd(pair: dict[str, str], sct: Path) -> tuple[np.ndarray, np.ndarray]:
     """Errors and SD in HU of the voxels in the body."""
-    paths = (pair["image"], pair["label"], sct, beside(sct, "_sd"))
+    paths = (pair["image"], pair["label"], sct, sibling_path(sct, "_sd"))
     mr, ct, pred, sd = (np.asarray(read_volume(path)[0]) for path in paths)
     mask = ct_body_mask(ct, mr)
     return (pred - ct)[mask], sd[mask]

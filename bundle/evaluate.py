@@ -14,7 +14,6 @@ from custom_modules.errors import one_line
 from custom_modules.evaluation.split import Evaluation
 from custom_modules.files import inside, writable_or_stop
 
-
 logger = logging.getLogger(__name__)
 
 

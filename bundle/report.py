@@ -25,7 +25,7 @@ from bundle.montage import montage  # noqa: E402
 from custom_modules.data.body import ct_body_mask
 from custom_modules.data.grid import check_same_grid  # noqa: E402
 from custom_modules.data.hu import BONE_HU
-from custom_modules.data.volumes import beside, read_volume
+from custom_modules.data.volumes import read_volume, sibling_path
 from custom_modules.errors import InputError  # noqa: E402
 from custom_modules.files import (
     writable_or_stop,
@@ -98,7 +98,7 @@ def _scored(folder: Path, summary: Mapping[str, Any]) -> list[Case]:
         sct = Path(files["sct"]) if files.get("sct") else None
         case = {"name": name, "sct": sct, "rows": {row["system"]: row for row in rows if row["patient"] == name}}
         case |= {key: files.get(key) for key in ("image", "label", "problem", "organs", "curves")}
-        cases.append({**case, "sidecar": _json(beside(sct, "", ".json")) if sct else {}})
+        cases.append({**case, "sidecar": _json(sibling_path(sct, "", ".json")) if sct else {}})
     return cases
 
 
@@ -107,7 +107,7 @@ def _unscored(folder: Path) -> list[Case]:
     for path in sorted(folder.rglob("*.json")):
         sidecar = _json(path)
         if {"input", "output", "settings"} <= set(sidecar):
-            case = {"name": beside(sidecar["output"], "", "").name, "sct": path.with_name(sidecar["output"])}
+            case = {"name": sibling_path(sidecar["output"], "", "").name, "sct": path.with_name(sidecar["output"])}
             case |= dict.fromkeys(("label", "problem", "organs", "curves"))
             cases.append({**case, "image": sidecar["input"], "rows": {}, "sidecar": sidecar})
     return cases
@@ -183,8 +183,8 @@ def _volumes(case: Case) -> dict[str, Any]:
         InputError: when a volume cannot be read or is on another grid than the MR.
     """
     paths = {"MR": case["image"], "CT": case["label"], "synthetic CT": case["sct"]}
-    if case["sct"] and beside(case["sct"], "_sd").exists():
-        paths["SD"] = beside(case["sct"], "_sd")
+    if case["sct"] and sibling_path(case["sct"], "_sd").exists():
+        paths["SD"] = sibling_path(case["sct"], "_sd")
     read = {name: read_volume(path) for name, path in paths.items() if path}
     mr = read["MR"]
     for volume in read.values():

@@ -22,8 +22,8 @@ PARTIAL = ".partial-"  # prefix of a file that is being written; hidden, so that
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path to write to; on success it is renamed to ``path``, otherwise it is removed.
 
-    The temporary file lies in the same folder, so that the rename is atomic, and keeps the extension, because writers of
-    images choose the format by it. Temporary files that dead processes left for the same ``path`` are removed.
+    The temporary file lies in the same folder, so that the rename is atomic, and keeps the extension, because writers
+    of images choose the format by it. Temporary files that dead processes left for the same ``path`` are removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

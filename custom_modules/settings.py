@@ -1,4 +1,5 @@
-"""The settings of the configs: one table of their types, ranges and meaning, and the check that runs before anything else.
+"""The settings of the configs: one table of their types, ranges and meaning, and the check that runs before anything
+else.
 
 Defaults stand in the configs. This table serves the check, ``--help``, the label app and ``docs/settings.md``.
 """
@@ -40,7 +41,8 @@ class Setting:
         size: of a list.
         choices: of a text.
         nullable: whether null is allowed.
-        changes_result: whether another value can give another synthetic CT, so that a finished one has to be made again.
+        changes_result: whether another value can give another synthetic CT, so that a finished one has to be made
+            again.
         increasing: whether the numbers of a list must increase, as those of a window do.
     """
 
@@ -236,8 +238,8 @@ SETTINGS: dict[str, Setting] = {
 def current_parser() -> ConfigParser:
     """The parser of the config whose expression is being evaluated.
 
-    MONAI hands expressions the values that they refer to and nothing else; the parser, with every setting in it, is further
-    up the call stack.
+    MONAI hands expressions the values that they refer to and nothing else; the parser, with every setting in it, is
+    further up the call stack.
 
     Raises:
         RuntimeError: outside of a config.
@@ -262,8 +264,8 @@ def result_settings() -> dict[str, Any]:
 
 
 def plain_settings() -> dict[str, Any]:
-    """Every top-level value of the running config that is a number, a text, null or a list of them, expressions evaluated
-    where they have been already."""
+    """Every top-level value of the running config that is a number, a text, null or a list of them, expressions
+    evaluated where they have been already."""
     parser = current_parser()
     resolved = parser.ref_resolver.resolved_content
     values = {name: resolved.get(name, value) for name, value in parser.get().items()}
@@ -282,8 +284,9 @@ def _is_expression(value: Any) -> bool:
 
 def check() -> None:
     """Check the settings of the running config, as the first expression of its ``run``: types and ranges by
-    :data:`SETTINGS`, unknown names, and settings on the command line that this config does not use. Values are converted to
-    their type, so that ``--strict false`` is false. Ends the program with one line for what is not allowed."""
+    :data:`SETTINGS`, unknown names, and settings on the command line that this config does not use. Values are
+    converted to their type, so that ``--strict false`` is false. Ends the program with one line for what is not
+    allowed."""
     parser = current_parser()
     if is_monai_bundle(sys.argv):
         end_in_one_line_on_signals()

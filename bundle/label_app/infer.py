@@ -15,9 +15,9 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
 from bundle.label_app.options import Options
-from bundle.label_app.studies import Studies, called, check_name, check_volume_file
+from bundle.label_app.studies import Studies, check_name, check_volume_file, errors_name
 from bundle.workflow import ROOT, inference_workflow
-from custom_modules.data.volumes import EXTENSIONS, beside
+from custom_modules.data.volumes import EXTENSIONS, sibling_path
 from custom_modules.errors import InputError
 from custom_modules.settings import Setting
 
@@ -69,7 +69,7 @@ class Synthesis(InferTask):
         check_name(tag)
         if tag == DefaultLabelTag.FINAL.value:
             raise InputError(f"label_tag '{tag}' is for CTs to learn from; keep a synthetic CT under another")
-        with called(path, f"image '{image_id}'" if image_id else "the image"), self.lock:
+        with errors_name(path, f"image '{image_id}'" if image_id else "the image"), self.lock:
             volume = check_volume_file(path)
             extension = self._extension(request.get("result_extension") or volume["output"])
             # named apart from uploads, which are removed when a request fails
@@ -80,9 +80,9 @@ class Synthesis(InferTask):
                     self.studies.keep(image_id, made, tag, {"params": answer})
                 if image_id and save_image:
                     self.studies.add_image(f"{image_id}_sct", str(made), {"params": answer})
-                if image_id and beside(made, "_sd").exists():
+                if image_id and sibling_path(made, "_sd").exists():
                     answer["uncertainty"] = {"label": image_id, "tag": UNCERTAINTY, "units": "HU"}
-                    self.studies.keep(image_id, beside(made, "_sd"), UNCERTAINTY, {"params": answer})
+                    self.studies.keep(image_id, sibling_path(made, "_sd"), UNCERTAINTY, {"params": answer})
                 os.replace(made, result)
         return result, answer
 
@@ -101,7 +101,7 @@ class Synthesis(InferTask):
             workflow.run()
         except SystemExit as error:  # the road's way to end with a sentence
             raise InputError(str(error).splitlines()[-1].strip().removeprefix("error: ")) from error
-        record = json.loads(beside(Path(folder) / volume["output"], "", ".json").read_text())
+        record = json.loads(sibling_path(Path(folder) / volume["output"], "", ".json").read_text())
         guard = record["guard"] or {}
         return {
             "result_kind": "scalar_volume",

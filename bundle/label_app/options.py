@@ -11,7 +11,9 @@ from custom_modules.errors import InputError
 from custom_modules.settings import SETTINGS, Setting
 
 # of MONAI Label's own requests
-CLIENT_KEYS = frozenset("model image device label_tag result_extension result_dtype result_compress session_id".split())
+CLIENT_KEYS = frozenset(
+    ("model", "image", "device", "label_tag", "result_extension", "result_dtype", "result_compress", "session_id")
+)
 
 
 class Options:
@@ -55,7 +57,8 @@ class Options:
                 raise InputError(f"no setting '{name}'; did you mean '{close[0]}'?")
         try:
             return {
-                name: setting.parse(name, request.get(name, self.defaults[name])) for name, setting in self.settings.items()
+                name: setting.parse(name, request.get(name, self.defaults[name]))
+                for name, setting in self.settings.items()
             }
         except InputError as error:  # a client has no command line
             raise InputError(str(error).removeprefix("--")) from error

@@ -25,8 +25,8 @@ class NotFound(InputError):
 
 
 @contextmanager
-def called(path: str | Path, name: str) -> Iterator[None]:
-    """Errors about ``path``, which is the server's business, speak of ``name``, which the client knows."""
+def errors_name(path: str | Path, name: str) -> Iterator[None]:
+    """Let errors about ``path``, a path of the server, say ``name`` instead, by which the client knows it."""
     try:
         yield
     except InputError as error:
@@ -90,13 +90,13 @@ class Studies(LocalDatastore):
 
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
         check_name(image_id)
-        with called(image_filename, f"image '{image_id}'"):
+        with errors_name(image_filename, f"image '{image_id}'"):
             check_volume_file(image_filename)
         return super().add_image(image_id, image_filename, image_info)
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
         check_name(label_tag)
-        with called(label_filename, f"label of '{image_id}'"):
+        with errors_name(label_filename, f"label of '{image_id}'"):
             check_volume_file(label_filename, label_map=True)
         return self.keep(image_id, label_filename, label_tag, label_info)
 
@@ -118,7 +118,7 @@ class CheckedSessions(Sessions):
     ) -> Any:
         if uncompress:
             raise InputError("archives are not unpacked; send the volume itself, or the files of a DICOM series")
-        with called(data_file, "the upload"):
+        with errors_name(data_file, "the upload"):
             check_volume_file(data_file)
         return super().add_session(data_file, expiry, session_id=session_id)
 

@@ -63,8 +63,8 @@ class FineTuning(TrainTask):
         shutil.rmtree(run, ignore_errors=True)
         write_json({"training": training, "validation": validation}, run / "datalist.json")
         workflow = ConfigWorkflow(
-            config_file=CONFIGS, workflow_type="train", logging_file=False, initial_checkpoint=str(start), output_dir=str(run),
-            dataset_dir=str(run), datalist=str(run / "datalist.json"),
+            config_file=CONFIGS, workflow_type="train", logging_file=False, initial_checkpoint=str(start),
+            output_dir=str(run), dataset_dir=str(run), datalist=str(run / "datalist.json"),
             val_interval=min(self.val_interval, settings["max_epochs"]), **settings,
         )  # fmt: skip
         try:

@@ -39,8 +39,11 @@ def package(output: str = "dist", schema: str | None = None, root: str = str(ROO
     if schema is not None and not Path(schema).is_file():
         raise InputError(f"{schema}: no such schema")
     folder = Path(writable_or_stop(output))
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".package") as beside, tempfile.TemporaryDirectory() as scratch:
-        archive = build(Path(root), Path(beside))
+    with (
+        tempfile.TemporaryDirectory(dir=folder, prefix=".package") as staging,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
+        archive = build(Path(root), Path(staging))
         print(f"{archive.name}: {archive.stat().st_size / 1e6:.1f} MB, being verified")
         log = folder / f"{archive.stem}.log"
         try:

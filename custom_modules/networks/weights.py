@@ -77,8 +77,8 @@ def check_trained_with(path: str | Path, stored: Mapping[str, Any], wanted: Mapp
 def load_weights_or_stop(
     network: Network, path: str | Path, trained_with: Mapping[str, Any] | None = None, compile: bool = False
 ) -> Network:
-    """Load weights as :func:`load_weights` does, for configs: an :class:`InputError` ends the program with its one line.
-    With ``compile`` the network is compiled afterwards (``torch.compile``)."""
+    """Load weights as :func:`load_weights` does, for configs: an :class:`InputError` ends the program with its one
+    line. With ``compile`` the network is compiled afterwards (``torch.compile``)."""
     try:
         load_weights(network, path, trained_with)
         if compile:
