@@ -423,7 +423,9 @@ def test_fifty_hostile_requests_beside_good_ones(server, by_bundle, mr, tmp_path
 
     quick = [case for name, case in REFUSED.items() if "unlike" not in name]
     hostile = [lambda c=case: server.ask(*c[:3])[0] for case in quick]
-    hostile += [lambda f=file: server.ask("POST", f"/infer/{MODEL}", {}, f)[0] for file in [*files, tmp_path / "list.csv"]]
+    hostile += [
+        lambda f=file: server.ask("POST", f"/infer/{MODEL}", {}, f)[0] for file in [*files, tmp_path / "list.csv"]
+    ]
     hostile += [lambda n=number: raw(n) for number in range(50 - len(hostile))]
     order = noise.permutation(len(hostile))
     with ThreadPoolExecutor(8) as pool:

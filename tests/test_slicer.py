@@ -128,8 +128,8 @@ def test_cancel_frees_the_thread_that_waits_and_removes_the_upload(server, mr, t
 
 @pytest.mark.parametrize(
     "address, words",
-    [("localhost", "is not an address"), ("ftp://a", "is not an address"), ("http://127.0.0.1:1", "is the server running"),
-     ("http://127.0.0.1:99999", "is not an address")],
+    [("localhost", "is not an address"), ("ftp://a", "is not an address"),
+     ("http://127.0.0.1:1", "is the server running"), ("http://127.0.0.1:99999", "is not an address")],
 )  # fmt: skip
 def test_an_address_that_is_none_gives_a_sentence(address, words):
     with pytest.raises(ServerError, match=words):

@@ -150,8 +150,7 @@ def phantom_mr(folder: Path) -> str:
 
 
 def middle_window(image: Tensor, network: Synthesizer) -> Tensor:
-    """What is in the middle of an MR (1, D, H, W): (1, 1, d, h, w), of two windows of the denoiser's attention a
-    side."""
+    """Crop the middle of an MR (1, D, H, W) to (1, 1, d, h, w), two windows of the denoiser's attention per side."""
     size = 2 * network.denoiser.window * network.autoencoder.downsampling
     padded, _ = pad_to_windows(convert_to_tensor(image, track_meta=False)[None], [size] * 3, network.downsampling)
     starts = [(length - size) // 2 for length in padded.shape[2:]]
