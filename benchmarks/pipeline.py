@@ -125,9 +125,9 @@ class Stages:
 
     def _timed(self, stage: str, method: Callable, device: torch.device) -> Callable:
         def run(*args: Any) -> Any:
-            answer: list[Any] = []
-            self.seconds[stage] = seconds(lambda: answer.append(method(*args)), device)
-            return answer[0]
+            result: list[Any] = []
+            self.seconds[stage] = seconds(lambda: result.append(method(*args)), device)
+            return result[0]
 
         return run
 

@@ -394,7 +394,7 @@ def test_the_reason_is_not_that_of_another_format(tmp_path, extension):
     [(np.diag([2.0, 3, 4, 1]), (1.0, 1.0, 1.0)), (OBLIQUE, (1.0, 1.0, 1.0)), (OBLIQUE, (1.5, 2.5, 2.0))],
 )
 def test_a_header_that_contradicts_itself_is_never_settled_in_silence(tmp_path, sform, spacing):
-    """Only two answers are right: the affine that every other program takes, or a refusal."""
+    """Only two results are right: the affine that every other program takes, or a refusal."""
     path = with_sform(tmp_path / "a.nii", sform)
     content = bytearray(path.read_bytes())
     struct.pack_into("<3f", content, 80, *spacing)

@@ -21,7 +21,7 @@ def ship(
     """Make the result of a training the weights of the bundle, with the statistics that belong to them.
 
     Writes the weights in half precision to OUTPUT and their SHA-256 to OUTPUT.sha256 and, given the training data,
-    ``calibration.json`` (validation split) and ``guard.json`` (training split) beside them.
+    ``calibration.json`` (validation split) and ``guard.json`` (training split) in the same folder.
 
     Args:
         dataset_dir: folder that the datalist's paths are relative to.

@@ -217,7 +217,7 @@ def checks(root: Path, data: Path, scratch: Path, schema: Path | None) -> dict[s
         **{f"a step of {name}": partial(check_stage, name, data, scratch) for name in STAGES},
         "evaluate": lambda: check_evaluation(data, scratch),
         "properties": lambda: check_properties(data, scratch),
-        "stands alone": lambda: check_alone(root),
+        "imports": lambda: check_alone(root),
     }
 
 

@@ -1,4 +1,4 @@
-"""The record beside each synthetic CT: its input, weights and settings, and how long it took."""
+"""The record of each synthetic CT: its input, weights and settings, and how long it took."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from custom_modules.settings import result_settings
 
 
 class Sidecar:
-    """Writes ``a_sct.json`` beside ``a_sct.nii.gz``.
+    """Writes the record ``a_sct.json`` of ``a_sct.nii.gz``.
 
     Args:
         output_dir: of the synthetic CTs.

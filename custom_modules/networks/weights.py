@@ -13,7 +13,7 @@ from torch import nn
 from custom_modules.errors import InputError, stop
 from custom_modules.files import atomic_write, sha256, to_plain
 
-TRAINED_WITH = "trained_with"  # key in a weights file, beside the tensors
+TRAINED_WITH = "trained_with"  # key in a weights file, in addition to those of the tensors
 
 Network = TypeVar("Network", bound=nn.Module)
 

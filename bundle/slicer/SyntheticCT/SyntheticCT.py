@@ -174,8 +174,8 @@ class SyntheticCTWidget(ScriptedLoadableModuleWidget):
         if result.uncertainty is not None:
             slicer.util.loadVolume(str(result.uncertainty), {"name": f"{name} synthetic CT SD", "show": False})
         slicer.util.setSliceViewerLayers(background=self.node, foreground=sct, foregroundOpacity=OPACITY)
-        lines = [f"seed {result.answer['seed']}, weights {(result.answer['model_sha256'] or '')[:12]}"]
-        self.status.text = "\n".join(lines + [f"warning: {warning}" for warning in result.answer["warnings"]])
+        lines = [f"seed {result.info['seed']}, weights {(result.info['model_sha256'] or '')[:12]}"]
+        self.status.text = "\n".join(lines + [f"warning: {warning}" for warning in result.info["warnings"]])
 
     def onCancel(self) -> None:
         if self.client is not None and self.thread is not None and self.thread.is_alive():

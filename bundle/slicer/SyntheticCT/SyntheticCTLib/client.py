@@ -28,12 +28,12 @@ class Synthesis:
     Args:
         volume: file of the synthetic CT, int16 HU on the MR's grid.
         uncertainty: file of its standard deviation in HU; None for one sample.
-        answer: information from the server, such as ``seed``, ``model_sha256`` and ``warnings``.
+        info: information from the server, such as ``seed``, ``model_sha256`` and ``warnings``.
     """
 
     volume: Path
     uncertainty: Path | None
-    answer: dict[str, Any]
+    info: dict[str, Any]
 
 
 class Client:
@@ -104,8 +104,8 @@ class Client:
             self.upload(path, image_id)
             report("synthesising")
             volume = Path(folder) / "sct.nrrd"
-            answer = self.infer(model, image_id, options, volume)
-            spread = answer.get("uncertainty")
+            info = self.infer(model, image_id, options, volume)
+            spread = info.get("uncertainty")
             if spread:
                 report("fetching the uncertainty")
                 spread = self.label(spread["label"], spread["tag"], Path(folder) / "uncertainty.nrrd")
@@ -115,7 +115,7 @@ class Client:
             removal.start()
             if not self.cancelled:
                 removal.join()
-        return Synthesis(volume, spread, answer)
+        return Synthesis(volume, spread, info)
 
     def _remove(self, image_id: str) -> None:
         with suppress(ServerError):  # a server that cannot be reached has been reported already
