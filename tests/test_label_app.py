@@ -145,7 +145,7 @@ class Server:
         return response.status, json.loads(content) if is_json else content
 
     def client(self, folder: Path, method: str, **arguments: Any) -> Any:
-        """What MONAI Label's own client futures, from its own environment."""
+        """Return the result of MONAI Label's own client, run in its own environment."""
         command = [str(PYTHON), "-c", REAL_CLIENT, self.address, str(folder), method, json.dumps(arguments)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
         assert done.returncode == 0, done.stderr
@@ -403,8 +403,8 @@ def test_two_requests_at_once_get_each_its_own(server, by_bundle, tmp_path):
 
 @live
 def test_fifty_hostile_requests_beside_good_ones(server, by_bundle, mr, tmp_path):
-    """Broken forms, bodies of noise, refused requests and files, and paths that lead outside, eight at a time: the server
-    stays up, the good requests get what they should, and nothing is left or written elsewhere."""
+    """Broken forms, bodies of noise, refused requests and files, and paths that lead outside, eight at a time: the
+    server stays up, the good requests get what they should, and nothing is left or written elsewhere."""
     files, noise = list(files_to_refuse(tmp_path).values()), np.random.default_rng(0)
     (tmp_path / "list.csv").write_text(f"image\n{mr}\n")
     before = files_in(server.studies.parent)
