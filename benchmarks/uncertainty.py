@@ -1,4 +1,4 @@
-"""Does the samples' SD tell the error, and what does it cost? On the patients of a split, and by patient.
+"""Does the SD of samples predict the error, and what does it cost? For the patients of a split, and by patient.
 
     python benchmarks/uncertainty.py --dataset_dir DIR [--split test] [--num_samples 8] [--pred_dir DIR] [--patients 2]
 

@@ -30,7 +30,7 @@ def local_device() -> torch.device:
 
 
 def wrap(network: nn.Module) -> nn.Module:
-    """``network`` for distributed data parallel training, on the GPU of this process if there is one."""
+    """Wrap ``network`` for distributed data parallel training, on the GPU of this process if there is one."""
     if torch.cuda.is_available():
         torch.cuda.set_device(local_device())
     return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)

@@ -37,7 +37,7 @@ STALE = 3600  # seconds after which a temporary file is no longer needed
 
 
 class SyntheticCTApp(MONAILabelApp):
-    """MONAI Label app with one model, ``synthetic_ct``. Its own files are in ``DIR/synthetic_ct``: the weights and the
+    """App with one model, ``synthetic_ct``. Its own files are in ``DIR/synthetic_ct``: the weights and the
     record of training, sessions, and temporary files.
 
     ``--conf checkpoint PATH`` uses other weights than the bundle's.

@@ -147,7 +147,7 @@ def paint_body(axes: tuple[np.ndarray, np.ndarray, np.ndarray], build: Build) ->
 
 
 def _arm(side: int, angle: float, elbow: float, girth: float) -> tuple[Point, Point, Point]:
-    """Shoulder, elbow and wrist."""
+    """Return the positions of shoulder, elbow and wrist."""
     direction = np.array([side * np.sin(angle), 0, -np.cos(angle)])
     shoulder = np.array([side * 178 * girth, 0, 1385])
     middle = shoulder + 300 * direction
@@ -156,14 +156,14 @@ def _arm(side: int, angle: float, elbow: float, girth: float) -> tuple[Point, Po
 
 
 def _leg(side: int, angle: float) -> tuple[Point, Point, Point]:
-    """Hip, knee and ankle."""
+    """Return the positions of hip, knee and ankle."""
     hip = np.array([side * 88, 0, 870])
     direction = np.array([side * np.sin(angle), 0, -np.cos(angle)])
     return tuple(hip), tuple(hip + 400 * direction), tuple(hip + 790 * direction)
 
 
 def _soft_parts(canvas: Canvas, build: Build, tissue: str, shrink: float) -> None:
-    """Trunk, head and limbs, ``shrink`` mm inside the skin (a third of it where there is little fat)."""
+    """Paint trunk, head and limbs, ``shrink`` mm inside the skin (a third of it where there is little fat)."""
     outline = TRUNK * [1, build.girth, build.girth]
     canvas.column(tissue, outline, shrink)
     thin = shrink / 3
@@ -197,7 +197,7 @@ def _head(canvas: Canvas) -> None:
 
 
 def _trunk_bones(canvas: Canvas, build: Build) -> None:
-    """Spine with discs and cord, ribs, breastbone, collar bones and pelvis."""
+    """Paint the spine with discs and cord, ribs, breastbone, collar bones and pelvis."""
     depth = -58 * build.girth
     for z in range(900, 1500, 32):
         radius = float(np.interp(z, (900, 1500), (26, 15)))
@@ -219,7 +219,7 @@ def _trunk_bones(canvas: Canvas, build: Build) -> None:
 
 
 def _ribs(canvas: Canvas, build: Build) -> None:
-    """Twelve pairs, slanting down to the front, in the chest wall."""
+    """Paint twelve pairs of ribs that slant down to the front, in the chest wall."""
     half = TRUNK[:, 1:].max() * build.girth
     box, (x, y, z) = canvas._box(np.array([-half, -half, 1080]), np.array([half, half, 1400]))
     width, depth = (np.interp(z, TRUNK[:, 0], TRUNK[:, k]) * build.girth - build.fat for k in (1, 2))
@@ -237,7 +237,7 @@ def _ribs(canvas: Canvas, build: Build) -> None:
 def _limb_bones(
     canvas: Canvas, top: Point, middle: Point, end: Point, radii: tuple[float, float, float], cortex: float
 ) -> None:
-    """One bone from ``top`` to ``middle`` and two from there to ``end``, with thicker ends."""
+    """Paint one bone from ``top`` to ``middle`` and two from there to ``end``, with thicker ends."""
     canvas.bone(top, middle, radii[:2], cortex)
     canvas.ball("marrow", top, (radii[0] * 1.25,) * 3, ("muscle", "cortex"))
     canvas.ball("marrow", middle, (radii[1] * 1.3,) * 3, ("muscle", "cortex", "fat"))

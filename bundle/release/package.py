@@ -84,7 +84,7 @@ def build(root: Path, folder: Path) -> Path:
     changed = git(root, "status", "--porcelain", "--", *verification.PARTS).splitlines()
     if changed:
         names = ", ".join(line[3:] for line in changed)
-        raise InputError(f"{root}: {names} not committed as they are; an archive is built from a commit")
+        raise InputError(f"{root}: {names} not committed; an archive is built from a commit")
     metadata = json.loads(git(root, "show", "HEAD:configs/metadata.json"))
     archive = folder / f"{metadata['name']}_v{metadata['version']}.zip"
     options = ["--format=zip", "-9", f"--prefix={metadata['name']}/", f"--output={archive.resolve()}"]

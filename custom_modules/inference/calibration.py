@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class Calibration:
-    """The scale of :func:`fit_scale` as it was stored with the weights.
+    """The scale of :func:`fit_scale` that is stored with the weights.
 
     Args:
         path: JSON of ``python -m bundle calibrate``; None, or a missing file, leaves SD unchanged.

@@ -1,4 +1,4 @@
-"""Weights on disk: state dicts only, loaded strictly, written whole or not at all."""
+"""Weights on disk: state dicts only, loaded strictly, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -69,9 +69,7 @@ def check_trained_with(path: str | Path, stored: Mapping[str, Any], wanted: Mapp
         f"{name} {a}, not {b}" for name, (a, b) in pairs.items() if not np.array_equal(np.asarray(a), np.asarray(b))
     ]
     if wrong:
-        raise InputError(
-            f"{path}: trained with {'; '.join(wrong)}; leave these settings as they are, or train with them"
-        )
+        raise InputError(f"{path}: trained with {'; '.join(wrong)}; keep these settings, or train with them")
 
 
 def load_weights_or_stop(
