@@ -52,7 +52,7 @@ def altered(paths: list[str], change: Callable, folder: Path) -> Iterator[Path]:
 
 
 def findings(paths: list[Any], **settings: Any) -> list[dict[str, Any] | str]:
-    """The guard's answer for each file, or why it was refused before."""
+    """The guard's result for each file, or why it was refused before."""
     data = [{"image": str(path), "output": ""} for path in paths]
     parser = inference_workflow(**{"dataset#data": data, **settings}).parser
     guard, network = (parser.get_parsed_content(name) for name in ("guard", "network"))

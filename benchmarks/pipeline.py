@@ -88,7 +88,7 @@ def load(device: torch.device, compiled: bool = False) -> Synthesizer:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large matrix product, the machine's own limit."""
+    """Measure the floating-point operations per second of a large matrix product, the limit of the machine."""
     a, b = torch.randn(2, 4096, 4096, device=device).to(dtype)
     return 2 * 4096**3 / medians({"product": lambda: a @ b}, 3, device)["product"]
 
@@ -125,15 +125,16 @@ class Stages:
 
     def _timed(self, stage: str, method: Callable, device: torch.device) -> Callable:
         def run(*args: Any) -> Any:
-            answer: list[Any] = []
-            self.seconds[stage] = seconds(lambda: answer.append(method(*args)), device)
-            return answer[0]
+            result: list[Any] = []
+            self.seconds[stage] = seconds(lambda: result.append(method(*args)), device)
+            return result[0]
 
         return run
 
 
 def volumes(device: str = "cpu", amp: bool = False, compile: bool = False, repeats: int = 3) -> None:
-    """A row a volume: seconds of each stage, of all, memory, and the share of the machine's peak that is reached."""
+    """Measure one row per volume: seconds of each stage and of all, memory, and the fraction of the peak that is
+    reached."""
     set_determinism(0)
     where = torch.device(device)
     network, rows = load(where, compile), []

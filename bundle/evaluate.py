@@ -1,4 +1,4 @@
-"""``python -m bundle evaluate``: scores of a split of a datalist, beside the trivial baselines."""
+"""``python -m bundle evaluate``: scores of a split of a datalist, together with trivial baselines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from custom_modules.data.volumes import read_volume
 from custom_modules.errors import one_line
 from custom_modules.evaluation.split import Evaluation
 from custom_modules.files import inside, writable_or_stop
-
 
 logger = logging.getLogger(__name__)
 
@@ -31,16 +30,16 @@ def evaluate(
 ) -> None:
     """Synthesise the MRs of ``split`` and score them on their own grid against the CTs (``label``).
 
-    Prints a row a patient and the means, and writes ``OUTPUT_DIR/metrics.csv`` and ``metrics.json`` with a picture a
-    patient; see :class:`~custom_modules.evaluation.split.Evaluation`.
+    Prints one row per patient and the means, and writes ``OUTPUT_DIR/metrics.csv``, ``metrics.json`` and one picture
+    per patient; see :class:`~custom_modules.evaluation.split.Evaluation`.
 
     Args:
         dataset_dir: folder that the datalist's paths are relative to.
         datalist: MONAI datalist; ``DATASET_DIR/datalist.json`` when None.
-        pred_dir: finished synthetic CTs, named ``<patient>_sct.nii.gz``; synthesised when None.
+        pred_dir: folder of finished synthetic CTs, named ``<patient>_sct.nii.gz``; synthesised when None.
         labels: folder of organ labels, ``<patient>_ct`` and ``<patient>_sct``.
-        config: overlay on configs/inference.yaml for other networks, such as configs/baselines/unet.yaml; the rows
-            carry its name.
+        config: overlay on configs/inference.yaml for other networks, such as configs/baselines/unet.yaml; its name is
+            that of the system in the rows.
         settings: of configs/inference.yaml.
     """
     writable_or_stop(output_dir)
@@ -57,10 +56,10 @@ def evaluate(
 
 
 def _picture(pair: dict[str, str], pred_dir: Path, output_dir: Path) -> None:
-    """Draw a patient into the output folder; one that cannot be drawn is named and does not stop the others."""
+    """Write the picture of a patient; one that fails is logged and does not stop the others."""
     name = f"{pair['patient']}_sct.nii.gz"
     try:
         ct = np.asarray(read_volume(pair["label"])[0])
         picture(pair["image"], inside(pred_dir, name), ct, inside(output_dir, f"{pair['patient']}_sct.png"))
-    except (ValueError, OSError) as error:  # missing or on another grid, as the scores say too; or not writable
+    except (ValueError, OSError) as error:  # missing or on another grid, which the scores report too; or not writable
         logger.warning("%s: no picture (%s)", pair["patient"], one_line(error, name))

@@ -1,4 +1,4 @@
-"""Pictures to look at: axial, coronal and sagittal planes of volumes side by side."""
+"""Pictures of axial, coronal and sagittal planes of volumes side by side."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ COLOURS = {"error": "RdBu_r", "SD": "magma"}
 
 
 def _planes(volume: np.ndarray, centre: Voxel) -> list[np.ndarray]:
-    """Axial, coronal and sagittal plane of an RAS volume, as radiologists see them: patient's right on the left,
-    anterior or superior up."""
+    """Return the axial, coronal and sagittal plane of an RAS volume in radiological convention: the patient's right on
+    the left, anterior or superior up."""
     i, j, k = centre
     return [volume[::-1, :, k].T[::-1], volume[::-1, j, :].T[::-1], volume[i, ::-1, :].T[::-1]]
 
@@ -32,7 +32,7 @@ def montage(
     title: str = "",
     centre: Voxel | None = None,
 ) -> Path:
-    """Write a PNG with a row a plane and a column a volume.
+    """Write a PNG with one row per plane and one column per volume.
 
     Args:
         columns: title to (volume (D, H, W), kind), kind one of ``MR``, ``HU``, ``error``, ``SD``.
@@ -74,14 +74,14 @@ def montage(
 
 
 def _in_canonical(voxel: Voxel, affine: np.ndarray, shape: tuple[int, ...]) -> Voxel:
-    """Where a voxel of the volume as it is stored lies in RAS order."""
+    """Return the index in RAS order of a voxel of the volume as stored."""
     to_ras = nib.orientations.inv_ornt_aff(nib.io_orientation(affine), shape)
     i, j, k = (int(c) for c in nib.affines.apply_affine(np.linalg.inv(to_ras), voxel).round())
     return i, j, k
 
 
 def _centre(volume: np.ndarray) -> Voxel:
-    """The voxel in the middle of what is not background."""
+    """Return the voxel in the middle of the foreground."""
     inside = np.argwhere(volume > 0.1 * np.percentile(volume, 99))
     i, j, k = (int(c) for c in (np.median(inside, axis=0) if len(inside) else np.array(volume.shape) // 2))
     return i, j, k

@@ -1,4 +1,4 @@
-"""``python -m bundle report OUT``: what was synthesised and how it scores, as one HTML file to look at."""
+"""``python -m bundle report OUT``: synthetic CTs and their scores in one HTML file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from bundle.montage import montage  # noqa: E402
 from custom_modules.data.body import ct_body_mask
 from custom_modules.data.grid import check_same_grid  # noqa: E402
 from custom_modules.data.hu import BONE_HU
-from custom_modules.data.volumes import beside, read_volume
+from custom_modules.data.volumes import read_volume, sibling_path
 from custom_modules.errors import InputError  # noqa: E402
 from custom_modules.files import (
     writable_or_stop,
@@ -33,7 +33,7 @@ from custom_modules.files import (
 )
 
 Case = dict[str, Any]
-MAIN = "synthrad2025_mae"  # by which patients are ordered
+MAIN = "synthrad2025_mae"  # patients are sorted by it
 COLUMNS = {
     "synthrad2025_mae": "MAE, HU", "synthrad2025_bias": "bias, HU", "synthrad2025_rmse": "RMSE, HU",
     "synthrad2025_psnr": "PSNR, dB", "synthrad2025_ms_ssim": "MS-SSIM", "synthrad2025_soft_mae": "soft tissue MAE, HU",
@@ -57,11 +57,12 @@ figure { margin: 1rem 0 } figcaption { color: #555; font-size: .9em } pre { whit
 
 
 def report(out: str, output: str | None = None) -> None:
-    """Write ``OUT/report.html``: a cohort page, worst case first, and a page a patient. It needs no network.
+    """Write ``OUT/report.html``: an overview of the cohort, worst case first, and a section per patient. The page needs
+    no network.
 
     Args:
-        out: folder of ``bundle evaluate``, or of any synthesis, whose JSON sidecars then say where the MRs are; without
-            CTs it shows what can be shown.
+        out: folder of ``bundle evaluate``, or of any synthesis, whose JSON records then give the paths of the MRs;
+            without CTs the report has no scores.
         output: the file to write.
     """
     folder = Path(str(out))
@@ -75,11 +76,11 @@ def report(out: str, output: str | None = None) -> None:
 
 
 def read_cases(folder: Path) -> list[Case]:
-    """What a folder holds, worst first. Each patient has ``name``, ``sct``, ``image``, ``label``, ``sidecar``, ``rows``
-    (of ``metrics.csv``, by system), ``problem`` and ``curves``; None or empty is what is not known.
+    """Read the patients of a folder, worst first. Each has ``name``, ``sct``, ``image``, ``label``, ``sidecar``,
+    ``rows`` (of ``metrics.csv``, by system), ``problem`` and ``curves``; unknown ones are None or empty.
 
     Raises:
-        InputError: when there is no such folder, or nothing in it that was synthesised or scored.
+        InputError: when there is no such folder, or no synthetic CT or scores in it.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give the output folder of evaluate or of a synthesis")
@@ -98,7 +99,7 @@ def _scored(folder: Path, summary: Mapping[str, Any]) -> list[Case]:
         sct = Path(files["sct"]) if files.get("sct") else None
         case = {"name": name, "sct": sct, "rows": {row["system"]: row for row in rows if row["patient"] == name}}
         case |= {key: files.get(key) for key in ("image", "label", "problem", "organs", "curves")}
-        cases.append({**case, "sidecar": _json(beside(sct, "", ".json")) if sct else {}})
+        cases.append({**case, "sidecar": _json(sibling_path(sct, "", ".json")) if sct else {}})
     return cases
 
 
@@ -107,14 +108,14 @@ def _unscored(folder: Path) -> list[Case]:
     for path in sorted(folder.rglob("*.json")):
         sidecar = _json(path)
         if {"input", "output", "settings"} <= set(sidecar):
-            case = {"name": beside(sidecar["output"], "", "").name, "sct": path.with_name(sidecar["output"])}
+            case = {"name": sibling_path(sidecar["output"], "", "").name, "sct": path.with_name(sidecar["output"])}
             case |= dict.fromkeys(("label", "problem", "organs", "curves"))
             cases.append({**case, "image": sidecar["input"], "rows": {}, "sidecar": sidecar})
     return cases
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is none."""
+    """Return the object in a JSON file; empty if there is none."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -123,7 +124,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _number(text: Any, otherwise: float = np.nan) -> float:
-    """A cell of metrics.csv or a value of metrics.json; what is empty or not defined is ``otherwise``."""
+    """Convert a cell of metrics.csv or a value of metrics.json; an empty or undefined one becomes ``otherwise``."""
     try:
         value = float(text)
     except (TypeError, ValueError):
@@ -135,7 +136,7 @@ def _number(text: Any, otherwise: float = np.nan) -> float:
 
 
 def _section(case: Case) -> str:
-    """Everything of one patient; where a volume cannot be shown, why."""
+    """Return the section of one patient; if a volume cannot be shown, it says why."""
     sidecar, guard = case["sidecar"], case["sidecar"].get("guard") or {}
     parts = [f"<h2 id='{_id(case)}'>{html.escape(case['name'])}</h2>"]
     parts += [f"<p class=warning>{html.escape(text)}</p>" for text in filter(None, [case["problem"]])]
@@ -157,7 +158,7 @@ def _section(case: Case) -> str:
 
 
 def _pictures(case: Case) -> list[str]:
-    """Planes of all volumes, through the middle and through the worst bone, joint histogram and profile."""
+    """Draw planes of all volumes, through the middle and through the worst bone, the joint histogram and a profile."""
     volumes = _volumes(case)
     affine, mr, sct, ct = volumes.pop("affine"), volumes["MR"][0], volumes.get("synthetic CT"), volumes.get("CT")
     parts = [_montage(volumes, affine, None, "Planes through the middle of the body.")]
@@ -177,14 +178,14 @@ def _pictures(case: Case) -> list[str]:
 
 
 def _volumes(case: Case) -> dict[str, Any]:
-    """Title to (volume, kind) as :func:`~bundle.montage.montage` takes them, and ``affine``.
+    """Return (volume, kind) by title, as :func:`~bundle.montage.montage` takes them, and ``affine``.
 
     Raises:
         InputError: when a volume cannot be read or is on another grid than the MR.
     """
     paths = {"MR": case["image"], "CT": case["label"], "synthetic CT": case["sct"]}
-    if case["sct"] and beside(case["sct"], "_sd").exists():
-        paths["SD"] = beside(case["sct"], "_sd")
+    if case["sct"] and sibling_path(case["sct"], "_sd").exists():
+        paths["SD"] = sibling_path(case["sct"], "_sd")
     read = {name: read_volume(path) for name, path in paths.items() if path}
     mr = read["MR"]
     for volume in read.values():
@@ -199,7 +200,7 @@ def _volumes(case: Case) -> dict[str, Any]:
 
 
 def _bone_voxel(weight: np.ndarray, mask: np.ndarray) -> tuple[int, ...] | None:
-    """Where ``weight``, smoothed, is largest inside the mask; None where it is nowhere above 0."""
+    """Return the voxel in the mask where smoothed ``weight`` is largest; None if it is nowhere above 0."""
     smooth = np.where(mask, ndimage.gaussian_filter(weight.clip(min=0).astype(np.float32), 2), 0)
     return tuple(int(i) for i in np.unravel_index(smooth.argmax(), smooth.shape)) if smooth.max() > 0 else None
 
@@ -211,7 +212,7 @@ def _montage(volumes: Mapping[str, tuple[np.ndarray, str]], affine: np.ndarray, 
 
 
 def _profile(volumes: Mapping[str, Any], affine: np.ndarray, voxel: tuple[int, ...], where: str) -> str:
-    """HU along the left-right line through a voxel of bone, with the 95 % interval where there is an SD."""
+    """Draw HU along the left-right line through a voxel of bone, with the 95 % interval if there is an SD."""
     axis = int(np.abs(affine[0, :3]).argmax())
     line = tuple(slice(None) if a == axis else voxel[a] for a in range(3))
     sct = volumes["synthetic CT"][0][line]
@@ -236,7 +237,7 @@ def _joint_histogram(ct: np.ndarray, sct: np.ndarray) -> str:
     plot.plot(edges[[0, -1]], edges[[0, -1]], color="white", linewidth=0.6)
     plot.set(xlabel="CT, HU", ylabel="synthetic CT, HU", aspect="equal")
     figure.colorbar(shown, label="log10 of voxels + 1")
-    return _figure(_png(figure), "Joint histogram in the body; on the line both agree.")
+    return _figure(_png(figure), "Joint histogram in the body; both agree on the line.")
 
 
 # the cohort
@@ -254,15 +255,15 @@ def _page(folder: Path, cases: Sequence[Case], summary: Mapping[str, Any], secti
 
 
 def _cohort(cases: Sequence[Case], summary: Mapping[str, Any]) -> list[str]:
-    """The first page: list of patients, means of the systems, distributions, how far SD is to be trusted."""
+    """Return the overview: list of patients, means of the systems, distributions, and the reliability of SD."""
     links = "".join(f"<li>{_line(case, summary.get('system'))}</li>" for case in cases)
     order = ", worst first" if summary else ""
     parts = [f"<p>{len(cases)} patients{order}. For research only, not for diagnosis or treatment.</p>"]
     parts.append(f"<ol>{links}</ol>")
     if not summary:
-        return [*parts, "<p>There is no CT to compare with.</p>"]
+        return [*parts, "<p>No CT to compare with.</p>"]
     systems = {name: {k: _cell(v) for k, v in values.items()} for name, values in summary["systems"].items()}
-    parts.append("<p>Mean over patients (95 % bootstrap interval); in brackets of how many, where not of all.</p>")
+    parts.append("<p>Mean over patients (95 % bootstrap interval) [number of patients, if not all].</p>")
     parts += [_table(systems, COLUMNS), _table(systems, SPREAD), _distributions(cases, summary["system"])]
     uncertainty = summary.get("uncertainty")
     if uncertainty:
@@ -291,7 +292,7 @@ def _cell(values: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str]) -> str:
-    """Systems by metrics, without those that have none of them and those that no system has."""
+    """Return a table of systems by metrics, without empty rows and columns."""
     rows = {name: row for name, row in rows.items() if any(row.get(key) for key in columns)}
     columns = {key: title for key, title in columns.items() if any(row.get(key) for row in rows.values())}
     if not columns:
@@ -312,7 +313,7 @@ def _text(value: Any) -> str:
 
 
 def _distributions(cases: Sequence[Case], system: str) -> str:
-    """A point a patient and a box a system, for the error, bone and similarity."""
+    """Draw error, bone and similarity with one point per patient and one box per system."""
     names = list(dict.fromkeys(name for case in cases for name in case["rows"]))
     keys = [MAIN, "synthrad2025_bone_mae", "synthrad2025_bone_dice", "synthrad2025_ms_ssim"]
     figure, plots = plt.subplots(1, len(keys), figsize=(12, 3), layout="constrained")
@@ -334,7 +335,7 @@ def _sparsification(uncertainty: Mapping[str, Any]) -> str:
     plot.plot(x, uncertainty["oracle"], label="largest errors left out")
     plot.set(xlabel="voxels left out, %", ylabel="MAE of the rest, HU", ylim=(0, None))
     plot.legend(fontsize=8)
-    return _figure(_png(figure), "Sparsification: the closer the curves, the better SD knows where the errors are.")
+    return _figure(_png(figure), "Sparsification: the closer the curves, the better SD predicts where the errors are.")
 
 
 def _id(case: Case) -> str:

@@ -1,4 +1,4 @@
-"""``python -m bundle synthesize MR``: a synthetic CT and a picture of it, for people."""
+"""``python -m bundle synthesize MR``: a synthetic CT and a picture of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the repository is, and the inference workflow for other commands."""
+"""The path of the repository, and the inference workflow for other commands."""
 
 from __future__ import annotations
 

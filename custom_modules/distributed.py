@@ -1,4 +1,4 @@
-"""Devices and processes: what a config needs to know of ``torchrun``."""
+"""Devices and the processes of ``torchrun``, for configs."""
 
 from __future__ import annotations
 
@@ -9,34 +9,33 @@ from torch import nn
 
 
 def rank() -> int:
-    """Number of this process among those that ``torchrun`` started, 0 without it."""
+    """Return the number of this process among those that ``torchrun`` started; 0 without it."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """How many processes ``torchrun`` started, 1 without it."""
+    """Return how many processes ``torchrun`` started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def default_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
+    """Return the GPU if there is one, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def local_device() -> torch.device:
-    """The GPU of this process, else the CPU."""
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    )
+    """Return the GPU of this process, otherwise the CPU."""
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    return torch.device("cuda", number) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def wrap(network: nn.Module) -> nn.Module:
-    """``network`` for distributed data parallel training, on the GPU of this process if there is one."""
+    """Wrap ``network`` for distributed data parallel training, on the GPU of this process if there is one."""
     if torch.cuda.is_available():
         torch.cuda.set_device(local_device())
     return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
 def unwrapped(network: nn.Module) -> nn.Module:
-    """``network`` as it is, for training in one process."""
+    """Return ``network`` unchanged, for training in one process."""
     return network

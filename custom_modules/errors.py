@@ -1,4 +1,4 @@
-"""Errors for people: one line that names the file or setting, what is wrong and what to do."""
+"""Errors for users: one line that names the file or setting, what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import NoReturn
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message is one line that names it and says what to do."""
+    """Input that cannot be used; the message is one line that names it and says what to do."""
 
 
 def one_line(error: BaseException, name: str) -> str:
-    """The innermost cause of ``error`` as one line that names the file."""
+    """Return the innermost cause of ``error`` as one line that names the file."""
     while error.__cause__ is not None and not isinstance(error, InputError):
         error = error.__cause__
     text = " ".join(str(error).split()) or type(error).__name__
@@ -27,14 +27,14 @@ def stop(message: str) -> NoReturn:
 
 
 def end_in_one_line_on_signals() -> None:
-    """From now on Ctrl-C and SIGTERM end the program with one line and the exit status 130 or 143, after files that are
-    being written are finished or removed. Only the main thread can set this up; elsewhere it does nothing."""
+    """Let Ctrl-C and SIGTERM end the program with one line and the exit status 130 or 143, after files that are being
+    written are finished or removed. Only the main thread can set this up; elsewhere this does nothing."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _end)
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
-    signal.signal(number, signal.SIG_IGN)  # once is enough: a second one would interrupt the cleaning up
+    signal.signal(number, signal.SIG_IGN)  # a second signal would interrupt the clean-up
     print(f"\nerror: stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
     raise SystemExit(128 + number)

@@ -1,4 +1,4 @@
-"""Files and folders: written whole or not at all, hashed, and checked before they are needed."""
+"""Files and folders: written completely or not at all, hashed, and checked before they are needed."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from typing import Any
 
 from custom_modules.errors import InputError, stop
 
-PARTIAL = ".partial-"  # prefix of a file that is being written; hidden, so that nobody takes it for a result
+PARTIAL = ".partial-"  # prefix of a file that is being written; hidden, so that it is not mistaken for a result
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path to write to; on success it is renamed to ``path``, otherwise it is removed.
 
-    The temporary file lies in the same folder, so that the rename is atomic, and keeps the extension, because writers of
-    images choose the format by it. Temporary files that dead processes left for the same ``path`` are removed.
+    The temporary file is in the same folder, so that the rename is atomic, and has the same extension, because image
+    writers choose the format by it. Temporary files that dead processes left for the same ``path`` are removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     extension = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
-    name = f"{zlib.crc32(path.name.encode()):08x}{extension}"  # shorter than the name, which may be as long as allowed
+    name = f"{zlib.crc32(path.name.encode()):08x}{extension}"  # short, because the name may have the maximum length
     for left in path.parent.glob(f"{PARTIAL}*-{glob.escape(name)}"):
         if not _is_running(left.name.removeprefix(PARTIAL).split("-", 1)[0]):
             left.unlink(missing_ok=True)
@@ -60,7 +60,7 @@ def write_json(content: Any, path: str | Path) -> None:
 
 
 def to_plain(value: Any) -> Any:
-    """``value`` as JSON can hold it; objects of other types become text."""
+    """Convert ``value`` to types that JSON supports; objects of other types become text."""
     if isinstance(value, Mapping):
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -71,7 +71,7 @@ def to_plain(value: Any) -> Any:
 
 
 def sha256(path: str | Path | Iterable[Path]) -> str:
-    """SHA-256 of a file, of several one after the other, or of all files of a folder in the order of their names."""
+    """Return the SHA-256 of a file, of several files in turn, or of all files in a folder sorted by name."""
     if isinstance(path, (str, Path)):
         folder = Path(path)
         path = sorted(f for f in folder.iterdir() if f.is_file()) if folder.is_dir() else [folder]
@@ -84,7 +84,7 @@ def sha256(path: str | Path | Iterable[Path]) -> str:
 
 
 def walk(root: str | Path) -> Iterator[tuple[Path, list[str]]]:
-    """Each folder from ``root`` on with the names in it that are no folders, both in the order of names.
+    """Yield ``root`` and recursively each folder in it, with the sorted names of the files in it.
 
     Linked folders are followed, each folder once. Hidden files and folders, and ``__MACOSX``, are left out.
     """
@@ -100,22 +100,22 @@ def walk(root: str | Path) -> Iterator[tuple[Path, list[str]]]:
 
 
 def inside(folder: str | Path, name: str | Path) -> Path:
-    """The path of ``name``, which data gave, below ``folder``; ``a/b`` is a name of two parts.
+    """Return the path of ``name``, which comes from data, below ``folder``; ``a/b`` is a name of two parts.
 
     Raises:
-        InputError: for a name that is empty or leads out of the folder: absolute, or with ``..``.
+        InputError: for a name that is empty or leads out of the folder: absolute, with ``..``, or through a link.
     """
     path = Path(str(name))
     if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in str(name):
-        raise InputError(f"'{name}' leads out of {folder} and cannot be a name; take one without '..' or a leading '/'")
+        raise InputError(f"'{name}' leads out of {folder} and cannot be a name; use one without '..' or a leading '/'")
     target = Path(folder) / path
     if not Path(os.path.realpath(target)).is_relative_to(os.path.realpath(folder)):
-        raise InputError(f"'{name}' leads out of {folder} by a link; take another name or remove the link")
+        raise InputError(f"'{name}' leads out of {folder} through a link; use another name or remove the link")
     return target
 
 
 def writable_or_stop(path: str | Path) -> str:
-    """Make the folder ``path`` and write a probe file to it; end the program with one line where that fails."""
+    """Make the folder ``path`` and write a test file to it; end the program with one line if that fails."""
     probe = Path(path) / f"{PARTIAL}{os.getpid()}-probe"
     try:
         Path(path).mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a program says while it runs: its own lines and warnings, without the start-up notes of the libraries below."""
+"""Logging of a program: its own lines and all warnings, without the start-up notes of libraries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WARNING_FORMAT = logging.Formatter("%(asctime)s %(levelname)s: %(message)s", "%H
 
 
 class _AboveTheBar(logging.Handler):
-    """Writes each line above a progress bar instead of into it."""
+    """Writes each line above a progress bar, not into it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         formatter = WARNING_FORMAT if record.levelno >= logging.WARNING else FORMAT
@@ -22,8 +22,8 @@ class _AboveTheBar(logging.Handler):
 
 
 def set_up(quiet: bool = False, verbose: bool = False) -> None:
-    """Set the logging of a program: its own lines and everybody's warnings by default, with ``quiet`` only warnings and
-    errors, with ``verbose`` the lines of MONAI and Ignite too."""
+    """Set up the logging of a program: by default its own lines and all warnings, with ``quiet`` only warnings and
+    errors, with ``verbose`` also the lines of MONAI and Ignite."""
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)

@@ -1,6 +1,6 @@
-"""The settings of the configs: one table of their types, ranges and meaning, and the check that runs before anything else.
+"""The settings of the configs: one table of their types, ranges and meaning, and the check that runs first.
 
-Defaults stand in the configs. This table serves the check, ``--help``, the label app and ``docs/settings.md``.
+Defaults are in the configs. The table is used by the check, ``--help`` and the label app.
 """
 
 from __future__ import annotations
@@ -24,23 +24,24 @@ if TYPE_CHECKING:
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 KINDS = {
-    "bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "device": "cpu, cuda or cuda:N",
-    "ints": "whole numbers", "floats": "numbers",
+    "bool": "true or false", "int": "a whole number", "float": "a number", "str": "text",
+    "device": "cpu, cuda or cuda:N", "ints": "whole numbers", "floats": "numbers",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a setting may be.
+    """The type of a setting and its allowed values.
 
     Attributes:
         kind: a key of :data:`KINDS`.
-        help: one line for people.
-        low, high: bounds of a number, or of each number of a list.
-        size: of a list.
-        choices: of a text.
+        help: one line of description.
+        low, high: bounds of a number, or of each number in a list.
+        size: length of a list.
+        choices: allowed texts.
         nullable: whether null is allowed.
-        changes_result: whether another value can give another synthetic CT, so that a finished one has to be made again.
+        changes_result: whether another value can give another synthetic CT, so that a finished one has to be made
+            again.
         increasing: whether the numbers of a list must increase, as those of a window do.
     """
 
@@ -56,7 +57,7 @@ class Setting:
 
     @property
     def allowed(self) -> str:
-        """What is allowed, in words."""
+        """Description of the allowed values."""
         text = f"one of {', '.join(self.choices)}" if self.choices else KINDS[self.kind]
         if self.kind in ("ints", "floats"):
             text = f"{self.size} {'increasing ' if self.increasing else ''}{text}"
@@ -67,7 +68,7 @@ class Setting:
         return text + (", or null" if self.nullable else "")
 
     def parse(self, name: str, value: Any) -> Any:
-        """``value``, which may be a text from a command line, in the type of the setting.
+        """Convert ``value``, which may be text from a command line, to the type of the setting.
 
         Raises:
             InputError: for a value that is not allowed.
@@ -113,7 +114,7 @@ def _text(bound: float) -> str:
 
 
 def parse_bool(value: Any) -> bool:
-    """True or false as Python, YAML or a command line writes them.
+    """Convert true or false as written in Python, YAML or on a command line.
 
     Raises:
         ValueError: for anything else.
@@ -125,7 +126,7 @@ def parse_bool(value: Any) -> bool:
 
 
 def number(value: Any, whole: bool) -> int | float:
-    """A finite number from a number or a text.
+    """Convert a number or a text to a finite number.
 
     Raises:
         ValueError: for anything else; with ``whole`` also for a fraction.
@@ -139,10 +140,11 @@ def number(value: Any, whole: bool) -> int | float:
 
 
 def check_device(device: str) -> str:
-    """``device`` if PyTorch can use it.
+    """Return ``device`` if PyTorch can use it.
 
     Raises:
-        InputError: for an unknown device, or one that is not there.
+        InputError: for a CUDA device that this machine does not have.
+        ValueError: for an unknown or unsupported device.
     """
     import torch
 
@@ -158,16 +160,18 @@ def check_device(device: str) -> str:
 
 
 def _on(kind: str, help: str, **rules: Any) -> Setting:
-    """A setting that changes the synthetic CT."""
+    """Make a setting that changes the synthetic CT."""
     return Setting(kind, help, changes_result=True, **rules)
 
 
 MANY = 2**31 - 1
-WEIGHTS = "stored with the weights, which refuse another value"
+WEIGHTS = "stored with the weights, which cannot be used with another value"
 
 SETTINGS: dict[str, Setting] = {
     # paths and the machine
-    "dataset_dir": Setting("str", "input: a volume, a folder of volumes or DICOM series, or for training the folder of the datalist"),
+    "dataset_dir": Setting(
+        "str", "input: a volume, a folder of volumes or DICOM series, or for training the folder of the datalist"
+    ),
     "datalist": Setting("str", "MONAI datalist; image is the MR, label the CT"),
     "output_dir": Setting("str", "folder for the results"),
     "checkpoint": Setting("str", "weights"),
@@ -175,8 +179,8 @@ SETTINGS: dict[str, Setting] = {
     "initial_checkpoint": Setting("str", "weights that fine-tuning starts from"),
     "best_weights": Setting("str", "file name in output_dir of the weights of the best validation"),
     "device": Setting("device", "GPU if there is one, else CPU"),
-    "memory_limit": Setting("float", "GiB that the process may hold; null: what is free", low=0.1, nullable=True),
-    "compile": Setting("bool", "torch.compile of the networks: pays on a GPU or for many volumes"),
+    "memory_limit": Setting("float", "GiB that the process may use; null: what is free", low=0.1, nullable=True),
+    "compile": Setting("bool", "torch.compile of the networks: worthwhile on a GPU or for many volumes"),
     "amp": _on("bool", "bfloat16 in the denoiser, in training in all networks"),
     "seed": _on("int", "of the noise and, in training, of everything random", low=0, high=2**32 - 1),
     # inference
@@ -185,25 +189,29 @@ SETTINGS: dict[str, Setting] = {
     "verbose": Setting("bool", "print the lines of MONAI and Ignite, and a bar for the tiles of each volume"),
     "strict": Setting("bool", "refuse an MR that is unlike the training MRs instead of warning"),
     "guard_statistics": Setting("str", "statistics of the training MRs; null: inputs are not compared", nullable=True),
-    "calibration": Setting("str", "factor from SD to error; null: SD as it is", nullable=True),
+    "calibration": Setting("str", "factor from SD to error; null: SD unchanged", nullable=True),
     "allow_ct": Setting("bool", "accept a CT, or DICOM of another modality, as the MR"),
-    "series": Setting("str", "take the DICOM series of this UID, number or description (a shell pattern)", nullable=True),
-    "pattern": Setting("str", "take the files of this name or path (a shell pattern)", nullable=True),
+    "series": Setting(
+        "str", "take only the DICOM series of this UID, number or description (a shell pattern)", nullable=True
+    ),
+    "pattern": Setting("str", "take only the files of this name or path (a shell pattern)", nullable=True),
     "crop_above_shoulders": _on("bool", "leave out head and neck, as the paper does"),
     "num_inference_steps": _on("int", "DDIM steps", low=1, high=1000),
     "num_samples": _on("int", "samples per volume; with 2 or more their SD is written too", low=1, high=64),
     "output": _on("str", "the mean of the samples, or the first sample", choices=("mean", "sample")),
-    "sampling": _on("str", "one latent for the patient, or windows sampled one by one and blended", choices=("whole", "windows")),
+    "sampling": _on(
+        "str", "one latent for the patient, or windows sampled one by one and blended", choices=("whole", "windows")
+    ),
     "window_size": _on("ints", "voxels of the windows of sampling: windows", low=1, high=4096),
     "overlap": _on("float", "share of a window that neighbours have in common", low=0, high=0.95),
-    "margin": _on("int", "voxels by which the edge is continued", low=0, high=256),
+    "margin": _on("int", "voxels added on each side by replicating the edge", low=0, high=256),
     "tile_voxels": _on("int", "voxels of the largest tile that is encoded or decoded at once", low=4096, high=MANY),
     "halo": _on("int", "voxels computed around each tile", low=0, high=512),
     "sw_batch_size": Setting("int", "windows computed at once; null: by free memory", low=1, high=1024, nullable=True),
     # what the weights depend on
     "spacing": _on("floats", f"mm, of the grid of the networks; {WEIGHTS}", low=0.1, high=20),
     "mr_window": _on("floats", f"standardised MR units that become [-1, 1]; {WEIGHTS}", size=2, increasing=True),
-    "mr_reference": _on("float", f"what the 99th percentile of an MR is brought to; {WEIGHTS}", low=1e-3),
+    "mr_reference": _on("float", f"value to which the 99th percentile of an MR is scaled; {WEIGHTS}", low=1e-3),
     "hu_window": _on("floats", f"HU that become [-1, 1]; {WEIGHTS}", size=2, increasing=True),
     "attention_window": _on("int", f"voxels along each side of the denoiser's attention; {WEIGHTS}", low=4, high=1024),
     # training
@@ -211,7 +219,7 @@ SETTINGS: dict[str, Setting] = {
     "check_data": Setting("bool", "read every volume before training and refuse pairs that cannot be used"),
     "batch_size": Setting("int", "patients per batch", low=1, high=1024),
     "accumulation": Setting("int", "batches per optimiser step", low=1, high=1024),
-    "augmented_copies": Setting("int", "of each patient, encoded before stages 2 and 3", low=1, high=1000),
+    "augmented_copies": Setting("int", "copies of each patient, encoded before stages 2 and 3", low=1, high=1000),
     "steps_per_epoch": Setting("int", "optimiser steps per epoch", low=1, high=MANY),
     "max_epochs": Setting("int", "epochs", low=1, high=MANY),
     "val_interval": Setting("int", "epochs between validations", low=1, high=MANY),
@@ -223,12 +231,12 @@ SETTINGS: dict[str, Setting] = {
     "disentanglement_weight": Setting("float", "beta of Eq. 8", low=0),
     "adversarial_weight": Setting("float", "gamma of Eq. 8", low=0),
     "adversarial_warmup": Setting("int", "iterations without the adversarial term", low=0, high=MANY),
-    "minutes": Setting("float", "wall time of a training that ends by the clock", low=1e-3),
-    "validations": Setting("int", "validations of such a training", low=1, high=1000),
-    "patience": Setting("int", "validations without improvement that end it; null: none", low=1, nullable=True),
+    "minutes": Setting("float", "wall time of a training in a comparison (equal_time.yaml)", low=1e-3),
+    "validations": Setting("int", "validations within that time", low=1, high=1000),
+    "patience": Setting("int", "validations without improvement that end it; null: no limit", low=1, nullable=True),
     # evaluation
     "split": Setting("str", "split of the datalist"),
-    "pred_dir": Setting("str", "folder of finished synthetic CTs; null: they are made", nullable=True),
+    "pred_dir": Setting("str", "folder of finished synthetic CTs; null: synthesise them", nullable=True),
 }  # fmt: skip
 
 
@@ -236,10 +244,10 @@ SETTINGS: dict[str, Setting] = {
 
 
 def current_parser() -> ConfigParser:
-    """The parser of the config whose expression is being evaluated.
+    """Return the parser of the config whose expression is being evaluated.
 
-    MONAI hands expressions the values that they refer to and nothing else; the parser, with every setting in it, is further
-    up the call stack.
+    MONAI passes only the values that an expression refers to; the parser, which has every setting, is further up the
+    call stack.
 
     Raises:
         RuntimeError: outside of a config.
@@ -256,7 +264,7 @@ def current_parser() -> ConfigParser:
 
 
 def result_settings() -> dict[str, Any]:
-    """The value of every setting of the running config that changes the synthetic CT."""
+    """Return the value of every setting of the running config that changes the synthetic CT."""
     parser = current_parser()
     return {
         name: parser.get_parsed_content(name) for name in SETTINGS if SETTINGS[name].changes_result and name in parser
@@ -264,8 +272,8 @@ def result_settings() -> dict[str, Any]:
 
 
 def plain_settings() -> dict[str, Any]:
-    """Every top-level value of the running config that is a number, a text, null or a list of them, expressions evaluated
-    where they have been already."""
+    """Return every top-level value of the running config that is a number, a text, null or a list of these; expressions
+    only if they have been evaluated already."""
     parser = current_parser()
     resolved = parser.ref_resolver.resolved_content
     values = {name: resolved.get(name, value) for name, value in parser.get().items()}
@@ -288,8 +296,9 @@ def _is_expression(value: Any) -> bool:
 
 def check() -> None:
     """Check the settings of the running config, as the first expression of its ``run``: types and ranges by
-    :data:`SETTINGS`, unknown names, and settings on the command line that this config does not use. Values are converted to
-    their type, so that ``--strict false`` is false. Ends the program with one line for what is not allowed."""
+    :data:`SETTINGS`, unknown names, and settings on the command line that this config does not use. Values are
+    converted to their type, so that ``--strict false`` is false. Ends the program with one line for what is not
+    allowed."""
     parser = current_parser()
     if is_monai_bundle(sys.argv):
         end_in_one_line_on_signals()
@@ -303,14 +312,14 @@ def check() -> None:
 
 
 def set_up_messages(parser: ConfigParser) -> None:
-    """Logging of the program by the settings ``quiet`` and ``verbose``."""
+    """Set up logging by the settings ``quiet`` and ``verbose``."""
     from custom_modules import messages
 
     messages.set_up(parser.get("quiet", False), parser.get("verbose", False))
 
 
 def check_settings(parser: ConfigParser, given: Sequence[str] = ()) -> None:
-    """:func:`check` for ``parser``; ``given`` are the settings that the user asked for.
+    """Check the settings of ``parser`` as :func:`check` does; ``given`` are those that the user set.
 
     Raises:
         InputError: for a setting or a value that is not allowed.
@@ -323,7 +332,7 @@ def check_settings(parser: ConfigParser, given: Sequence[str] = ()) -> None:
     for name, value in content.items():
         if name in SETTINGS and not _is_expression(value) and not _has_expression(value):
             content[name] = SETTINGS[name].parse(name, value)
-        elif name not in SETTINGS and name not in used and name not in STRUCTURE and name not in known_ids():
+        elif name not in SETTINGS and name not in used and name not in STRUCTURE and name not in config_ids():
             raise InputError(f"no setting '{name}'{_suggestion(name, SETTINGS)}")
 
 
@@ -341,7 +350,7 @@ def _has_expression(value: Any) -> bool:
 
 
 def _references(node: Any) -> Iterator[str]:
-    """Top-level ids that a config refers to."""
+    """Yield the top-level ids that a config refers to."""
     if isinstance(node, Mapping):
         for value in node.values():
             yield from _references(value)
@@ -352,8 +361,8 @@ def _references(node: Any) -> Iterator[str]:
         yield from re.findall(r"@(\w+)", node)
 
 
-def known_ids() -> set[str]:
-    """Top-level ids of all configs of the bundle."""
+def config_ids() -> set[str]:
+    """Return the top-level ids of all configs of the bundle."""
     from monai.bundle import ConfigParser
 
     found: set[str] = set()
@@ -368,7 +377,7 @@ def is_monai_bundle(arguments: Sequence[str]) -> bool:
 
 
 def given_on_command_line(arguments: Sequence[str]) -> list[str]:
-    """Names of the settings in a command line of ``python -m monai.bundle run``; none for other programs."""
+    """Return the names of the settings in a command line of ``python -m monai.bundle run``; none for other programs."""
     if not is_monai_bundle(arguments):
         return []
     names = [argument[2:].split("=")[0] for argument in arguments[1:] if argument.startswith("--")]

@@ -1,4 +1,4 @@
-"""Cutting volumes into tiles that share no voxel and are computed with a halo around each."""
+"""Cutting volumes into tiles that share no voxel and are computed with a halo."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ def pad_to_windows(x: Tensor, roi_size: Sequence[int], unit: int, margin: int = 
 
 
 def tile_size(size: Sequence[int], voxels: int, halo: int, unit: int) -> list[int]:
-    """Of the tiles that hold at most ``voxels`` with a ``halo`` on each side, that which computes least in all, of
-    equals the largest; edges are multiples of ``unit``. Where none fits, of those that hold the least."""
+    """Choose the size of tiles with at most ``voxels`` voxels, a ``halo`` on each side included, so that the fewest
+    voxels are computed in all; of equal sizes the largest. Edges are multiples of ``unit``. If no tile is small enough,
+    choose among the smallest."""
 
     def parts(n: int, edge: int) -> list[int]:
         return [min(start + edge + halo, n) - max(start - halo, 0) for start in range(0, n, edge)]
 
-    choices = []  # along each axis: edges, the longest part with its halos, and all parts together
+    choices = []  # along each axis: edges, the longest part with its halos, and the sum of all parts
     for n in size:
         edges = range(unit, -(-n // unit) * unit + 1, unit)
         choices.append([(edge, max(parts(n, edge)), sum(parts(n, edge))) for edge in edges])
@@ -47,7 +48,7 @@ def tiles(size: Sequence[int], tile: Sequence[int], halo: int) -> Iterator[tuple
     """Cut ``size`` into tiles that share no voxel.
 
     Yields:
-        For each the box widened by ``halo`` as far as there is volume, the box, and where it lies in the widened one.
+        For each the box widened by ``halo`` within the volume, the box, and the box relative to the widened one.
     """
     for start in product(*(range(0, s, t) for s, t in zip(size, tile))):
         box = tuple(slice(a, min(a + t, s)) for a, t, s in zip(start, tile, size))
@@ -56,10 +57,10 @@ def tiles(size: Sequence[int], tile: Sequence[int], halo: int) -> Iterator[tuple
 
 
 def widen(box: Box, by: int, size: Sequence[int]) -> Box:
-    """``box`` and what lies around it in a volume of ``size``."""
+    """Widen ``box`` by ``by`` voxels on each side, within a volume of ``size``."""
     return tuple(slice(max(b.start - by, 0), min(b.stop + by, s)) for b, s in zip(box, size))
 
 
 def scale_box(box: Box, factor: int) -> Box:
-    """``box`` on a grid that is ``factor`` times finer."""
+    """Convert ``box`` to a grid that is ``factor`` times finer."""
     return tuple(slice(b.start * factor, b.stop * factor) for b in box)

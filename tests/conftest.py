@@ -48,7 +48,7 @@ TRAINING_DENOISER = {"denoiser_channels": [8, 16, 16], "denoiser#num_blocks": 1,
 
 
 class LinearInferer(Inferer):
-    """Stands in for the sampler: the answer is ``sign`` times the normalised MR."""
+    """Replaces the sampler: the result is ``sign`` times the normalised MR."""
 
     def __init__(self, sign: float = 1.0) -> None:
         self.sign = sign

@@ -143,7 +143,7 @@ class Spy(nn.Module):
 
 
 def test_the_target_is_what_the_sampler_takes_the_answer_for():
-    """A perfect answer leads back to the clean latent in one step of MONAI's sampler."""
+    """A perfect prediction leads back to the clean latent in one step of MONAI's sampler."""
     for name in ("ddpm", "stable_dm_2d"):
         parser = config(name)
         net, sampler = (parser.get_parsed_content(key) for key in ("network_def", "val_sampler"))
@@ -212,15 +212,15 @@ def test_a_volume_comes_back_from_its_slices_as_it_was_and_each_slice_is_transve
         seen.append(images.shape)
         return images + torch.arange(len(images)).view(-1, 1, 1, 1)
 
-    answer = VolumeInferer(predict, unit=16, slices=7)(volume, nn.Identity())
+    result = VolumeInferer(predict, unit=16, slices=7)(volume, nn.Identity())
     assert seen == [(7, 1, 32, 32)]
-    torch.testing.assert_close(answer - volume, torch.arange(7.0).expand_as(volume))
+    torch.testing.assert_close(result - volume, torch.arange(7.0).expand_as(volume))
     whole = VolumeInferer(lambda image, _: image, unit=16)(volume, nn.Identity())
     assert torch.equal(whole, volume)
 
 
 class Sampler(nn.Module):
-    """A network whose answer is the MR, and which keeps the sizes that it is given."""
+    """A network that returns the MR, and which keeps the sizes that it is given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -240,9 +240,9 @@ class Sampler(nn.Module):
 )
 def test_latents_in_3d_are_those_of_windows_of_the_training_crops_size(base, key):
     parser, net, volume = config("stable_dm_3d", base, slice_size=[16, 16, 16]), Sampler(), torch.rand(1, 1, 20, 12, 40)
-    answer = parser.get_parsed_content(key)(volume, net)
+    result = parser.get_parsed_content(key)(volume, net)
     assert net.seen == {tuple(parser.get_parsed_content("roi_size"))} == {(16, 16, 16)}
-    torch.testing.assert_close(answer, volume, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(result, volume, atol=1e-2, rtol=1e-2)
 
 
 def test_the_first_stage_in_3d_sees_such_windows_too():
@@ -307,9 +307,9 @@ def test_a_full_pool_answers_with_old_images_and_keeps_new_ones():
     torch.manual_seed(0)
     pool = ImagePool(4)
     pool(torch.zeros(4, 1, 2, 2))
-    answer = pool(torch.ones(20, 1, 2, 2)).flatten(1).mean(1)
-    assert 0 < answer.mean() < 1 and len(pool.pool) == 4
-    assert (answer == 0).sum() == 4 - sum(float(image.mean()) == 0 for image in pool.pool)
+    result = pool(torch.ones(20, 1, 2, 2)).flatten(1).mean(1)
+    assert 0 < result.mean() < 1 and len(pool.pool) == 4
+    assert (result == 0).sum() == 4 - sum(float(image.mean()) == 0 for image in pool.pool)
 
 
 def test_pix2pix_discriminator_sees_pairs_of_mr_and_ct():
@@ -334,11 +334,11 @@ def test_the_unet_is_deterministic_regression():
     net = network("unet", **{"network_def#channels": [4, 8], "network_def#strides": [2]})
     assert config("unet", "train+train_autoencoder").get_parsed_content("loss").__class__ is ValidL1Loss
     mr = torch.rand(1, 1, 8, 8, 8)
-    answers = []
+    results = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        answers.append(net(mr))
-    assert torch.equal(*answers)
+        results.append(net(mr))
+    assert torch.equal(*results)
 
 
 def test_slices_go_to_another_prepare_batch_without_their_last_axis():

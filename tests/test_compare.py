@@ -66,7 +66,8 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Every system with networks of a few channels; what they answer is scored, though no Hounsfield units yet."""
+    """Every system with networks of a few channels; their output is scored, although it is not in Hounsfield units
+    yet."""
 
     def shrink(name: str, system: comparison.System) -> comparison.System:
         stages = [dataclasses.replace(s, settings={**s.settings, **TINY[name]}) for s in system.stages]

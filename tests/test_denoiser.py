@@ -1,4 +1,4 @@
-"""The diffusion U-Net: shapes, refusals, and what its answer depends on."""
+"""The diffusion U-Net: shapes, refusals, and what its output depends on."""
 
 import pytest
 import torch
@@ -146,14 +146,14 @@ def test_window_is_rounded_up_to_what_the_scales_and_the_pooling_divide(window, 
 @torch.no_grad()
 @pytest.mark.parametrize("length", (64, 60))
 def test_a_part_on_the_grid_of_windows_has_the_answer_of_the_whole_away_from_its_ends(length):
-    """What makes tiles possible: the answer at a place does not depend on how much of the volume is given."""
+    """What makes tiles possible: the output at a place does not depend on how much of the volume is given."""
     network = wake(tiny(window=8))
     z, z_mr = torch.randn(2, 1, 4, length, 8, 8)
 
-    def answer(part):
+    def output(part):
         return network(torch.cat([z[:, :, part], z_mr[:, :, part]], dim=1), times(500))[:, :, 32 - part.start :]
 
-    whole, alone, shifted = (answer(slice(start, None)) for start in (0, 8, 12))
+    whole, alone, shifted = (output(slice(start, None)) for start in (0, 8, 12))
     scale = whole.std()
     torch.testing.assert_close(alone, whole, atol=1e-4 * scale, rtol=0)
     assert (shifted - whole)[:, :, :8].abs().max() > 1e-2 * scale  # off the grid of the windows

@@ -307,7 +307,7 @@ TROUBLE: dict[str, tuple[Change, str]] = {
     "too few pixels": (one(lambda k, item: setattr(item, "PixelData", item.PixelData[:-10])), "truncated"),
     "too many pixels": (
         one(lambda k, item: setattr(item, "PixelData", item.PixelData + b"\0" * 10)),
-        "header tells of",
+        "header says",
     ),
     "frames without positions": (put("NumberOfFrames", lambda k: 4), "4 frames without positions"),
     "two modalities": (one(put("Modality", lambda k: "CT")), "CT and MR"),

@@ -29,21 +29,21 @@ def equations(z_mr, z_ct):
     return np.array([s_pair, s_unpaired, m_pair, m_unpaired, loss])
 
 
-def answers(z_mr, z_ct):
+def terms(z_mr, z_ct):
     cosines = latent_cosines(z_mr, z_ct)
     return torch.stack([*cosines, disentanglement_loss(cosines)]).double()
 
 
 def test_two_patients_give_the_equations():
     z_mr, z_ct = torch.randn(2, 2, 6, 3, 2, 4, dtype=torch.float64) + 0.3
-    np.testing.assert_allclose(answers(z_mr, z_ct), equations(z_mr.numpy(), z_ct.numpy()), rtol=1e-9)
+    np.testing.assert_allclose(terms(z_mr, z_ct), equations(z_mr.numpy(), z_ct.numpy()), rtol=1e-9)
 
 
 def test_more_patients_give_the_mean_of_the_equations_over_cyclic_pairs():
     z_mr, z_ct = torch.randn(2, 4, 6, 3, 2, 4, dtype=torch.float64) + 0.3
     pairs = [[n, (n + 1) % 4] for n in range(4)]
     expected = np.mean([equations(z_mr[pair].numpy(), z_ct[pair].numpy()) for pair in pairs], axis=0)
-    np.testing.assert_allclose(answers(z_mr, z_ct), expected, rtol=1e-9)
+    np.testing.assert_allclose(terms(z_mr, z_ct), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("swapped, sign", ((False, 1), (True, -1)))
@@ -62,7 +62,7 @@ def test_extremes_of_the_loss(swapped, sign):
 
 def test_length_of_a_latent_does_not_matter():
     z_mr, z_ct = torch.randn(2, 2, 4, 2, 2, 2)
-    torch.testing.assert_close(answers(7 * z_mr, 0.1 * z_ct), answers(z_mr, z_ct))
+    torch.testing.assert_close(terms(7 * z_mr, 0.1 * z_ct), terms(z_mr, z_ct))
 
 
 def test_one_patient_is_refused():
@@ -77,7 +77,7 @@ def test_loss_weighs_the_four_cosines_as_equations_1_and_2():
 
 def test_gradient_steps_lower_the_loss_and_move_every_cosine_its_own_way():
     latents = torch.randn(2, 2, 4, 3, 3, 3, requires_grad=True)
-    before = answers(*latents).detach()
+    before = terms(*latents).detach()
     losses = []
     for _ in range(10):
         loss = disentanglement_loss(latent_cosines(*latents))
@@ -85,6 +85,6 @@ def test_gradient_steps_lower_the_loss_and_move_every_cosine_its_own_way():
         latents = (latents - 2 * gradient).detach().requires_grad_()
         losses.append(loss.item())
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 1
-    s_pair, s_unpaired, m_pair, m_unpaired, _ = answers(*latents).detach() - before
+    s_pair, s_unpaired, m_pair, m_unpaired, _ = terms(*latents).detach() - before
     assert s_pair > 0.1 and m_unpaired > 0.1
     assert s_unpaired < -0.1 and m_pair < -0.1

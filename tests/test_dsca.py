@@ -155,12 +155,12 @@ def test_a_window_attends_to_its_own_keys_alone():
     module = dual()
     e, d, z = features(CHANNELS, 8, 4, 4), features(7, 8, 4, 4), features(LATENT, 8, 4, 4)
 
-    def answer(z):
+    def output(z):
         return module(e, d, *module.keys_and_values(split_windows(z, WINDOW)))
 
     changed = z.clone()
     changed[:, :, 5] += 5
-    difference = (answer(changed) - answer(z)).detach().abs()
+    difference = (output(changed) - output(z)).detach().abs()
     assert difference[:, :, :4].max() == 0 and (difference[:, :CHANNELS, 4:].amax(dim=1) > 0).all()
     alone = skip(module, e[:, :, 4:], d[:, :, 4:], z[:, :, 4:])
-    torch.testing.assert_close(answer(z)[:, :, 4:], alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output(z)[:, :, 4:], alone, atol=1e-5, rtol=1e-5)

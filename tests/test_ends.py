@@ -1,4 +1,5 @@
-"""Runs that are killed, stopped, out of disk or in each other's way: no half-written file, and resuming completes them."""
+"""Runs that are killed, stopped, out of disk or in each other's way: no half-written file, and resuming completes
+them."""
 
 from __future__ import annotations
 
@@ -33,7 +34,14 @@ def mrs(tmp_path_factory) -> Path:
 
 def start(mrs: Path, out: Path, checkpoint: Path, limit: int | None = None, **settings) -> subprocess.Popen:
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(INFERENCE)]
-    values = {"dataset_dir": mrs, "output_dir": out, "checkpoint": checkpoint, "guard_statistics": "null", **TINY, **settings}
+    values = {
+        "dataset_dir": mrs,
+        "output_dir": out,
+        "checkpoint": checkpoint,
+        "guard_statistics": "null",
+        **TINY,
+        **settings,
+    }
     for key, value in values.items():
         command += [f"--{key}", str(value)]
     preset = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None

@@ -1,4 +1,4 @@
-"""The input guard: its measures by hand, what it warns of, and what it does in the inference road."""
+"""The input guard: its measures by hand, what it warns of, and what it does in the inference pipeline."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_without_statistics_nothing_is_checked_and_the_log_says_so(tmp_path, cap
     assert "not checked" in caplog.text
 
 
-# in the inference road
+# in the inference pipeline
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def small(monkeypatch):
 
 class Mirror(nn.Module):
     """A synthesizer whose CT is the MR itself, exactly: encoder and decoder move 4 x 4 x 4 voxels to channels and back,
-    the denoiser knows the answer. What is left to be wrong is padding, tiling, blending, stepping and cropping."""
+    the denoiser knows the result. What is left to be wrong is padding, tiling, blending, stepping and cropping."""
 
     downsampling = 2 * FACTOR
     device = torch.device("cpu")

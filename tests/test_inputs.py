@@ -292,5 +292,5 @@ def test_other_names_are_paths_below_the_folder(tmp_path, name):
 def test_a_link_out_of_the_folder_is_no_way_out(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "site").symlink_to(tmp_path)
-    with pytest.raises(InputError, match="by a link"):
+    with pytest.raises(InputError, match="through a link"):
         inside(tmp_path / "out", "site/001")

@@ -159,7 +159,7 @@ def test_bytes_behind_the_voxels_are_no_slice(tmp_path):
     path.write_bytes(path.read_bytes() + b"\0" * 16)
     np.testing.assert_array_equal(outcome(path), VALUES)
     path.write_bytes(path.read_bytes() + b"\0" * 400)
-    with pytest.raises(InputError, match="its header tells of"):
+    with pytest.raises(InputError, match="its header says"):
         read_volume(path)
 
 
@@ -259,7 +259,7 @@ def test_an_axis_that_is_none_of_space_is_dropped_where_it_has_one_element(tmp_p
 
 REFUSED = {
     "an axis of two": (lambda p: nrrd(p, "9 8 7 2", "(3,0,0) (0,3,0) (0,0,5) none", "domain domain domain list",
-                                      data=bytes(9 * 8 * 7 * 4)), "a.nrrd", "axis 4 of 4 is none of space"),
+                                      data=bytes(9 * 8 * 7 * 4)), "a.nrrd", "axis 4 of 4 is not spatial"),
     "voxels elsewhere": (lambda p: nrrd(p, "9 8 7", "(3,0,0) (0,3,0) (0,0,5)", "domain domain domain",
                                         "data file: ../x.raw\n"), "a.nrrd", "in another file"),
     "skipped bytes": (lambda p: nrrd(p, "9 8 7", "(3,0,0) (0,3,0) (0,0,5)", "domain domain domain",

@@ -128,7 +128,7 @@ class Server:
     def ask(
         self, method: str, selector: str, params: Any = None, file: Path | None = None, part: str = "file"
     ) -> tuple[int, Any]:
-        """Status and answer, parsed where it is JSON."""
+        """Status and body of the response, parsed if it is JSON."""
         headers, body = {}, None
         if selector.startswith("/batch"):
             headers, body = {"Content-Type": "application/json"}, json.dumps(params).encode()
@@ -145,7 +145,7 @@ class Server:
         return response.status, json.loads(content) if is_json else content
 
     def client(self, folder: Path, method: str, **arguments: Any) -> Any:
-        """What MONAI Label's own client answers, from its own environment."""
+        """Return the result of MONAI Label's own client, run in its own environment."""
         command = [str(PYTHON), "-c", REAL_CLIENT, self.address, str(folder), method, json.dumps(arguments)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
         assert done.returncode == 0, done.stderr
@@ -164,7 +164,7 @@ class Server:
         return files_in(self.studies / MODEL / "tmp") + files_in(self.studies / MODEL / "sessions")
 
     def wait_until_idle(self) -> None:
-        Client(self.address).models()  # requests are answered in turn
+        Client(self.address).models()  # requests are handled in turn
         for _ in range(50):
             if not self.leftovers():
                 return
@@ -208,16 +208,16 @@ def assert_same(path: str | Path, expected: Path) -> None:
 @live
 @pytest.mark.parametrize("sent", [{}, PLUGIN], ids=["plain", "as the Slicer plugin"])
 def test_monai_labels_client_gets_what_monai_bundle_run_writes(server, by_bundle, tmp_path, sent):
-    path, answer = server.client(tmp_path, "infer", model=MODEL, image_id="mr", params={**SETTINGS, **sent})
+    path, info = server.client(tmp_path, "infer", model=MODEL, image_id="mr", params={**SETTINGS, **sent})
     assert path.endswith(sent.get("result_extension", ".nii.gz"))
     assert_same(path, by_bundle / "mr_sct.nii.gz")
     dtype = itk.array_from_image(itk.imread(path)).dtype if sent else nib.load(path).get_data_dtype()
     assert dtype == np.int16
     record = json.loads((by_bundle / "mr_sct.json").read_text())
-    assert answer["result_kind"] == "scalar_volume" and answer["units"] == "HU" and answer["seed"] == 3
-    assert answer["model_sha256"] == sha256(ROOT / "models" / "model.pt") == record["model_sha256"]
-    assert answer["settings"] == record["settings"] and answer["warnings"] == record["guard"]["warnings"] != []
-    spread = server.client(tmp_path, "download_label", label_id="mr", tag=answer["uncertainty"]["tag"])
+    assert info["result_kind"] == "scalar_volume" and info["units"] == "HU" and info["seed"] == 3
+    assert info["model_sha256"] == sha256(ROOT / "models" / "model.pt") == record["model_sha256"]
+    assert info["settings"] == record["settings"] and info["warnings"] == record["guard"]["warnings"] != []
+    spread = server.client(tmp_path, "download_label", label_id="mr", tag=info["uncertainty"]["tag"])
     assert_same(spread, by_bundle / "mr_sct_sd.nii.gz")
     server.wait_until_idle()
     assert server.leftovers() == []
@@ -225,9 +225,9 @@ def test_monai_labels_client_gets_what_monai_bundle_run_writes(server, by_bundle
 
 @live
 def test_an_upload_in_the_request_and_a_session_get_the_same(server, by_bundle, mr, tmp_path):
-    path, answer = server.client(tmp_path, "infer", model=MODEL, image_id="", params=SETTINGS, file=str(mr))
+    path, info = server.client(tmp_path, "infer", model=MODEL, image_id="", params=SETTINGS, file=str(mr))
     assert_same(path, by_bundle / "mr_sct.nii.gz")
-    assert answer["uncertainty"] is None
+    assert info["uncertainty"] is None
     session = server.client(tmp_path, "create_session", image_in=str(mr))["session_id"]
     path, _ = server.client(tmp_path, "infer", model=MODEL, image_id="", params=SETTINGS, session_id=session)
     assert_same(path, by_bundle / "mr_sct.nii.gz")
@@ -240,10 +240,10 @@ def test_an_upload_in_the_request_and_a_session_get_the_same(server, by_bundle, 
 def test_a_dicom_series_in_the_studies_folder_by_its_path(server, tmp_path):
     values, _, _ = torso_phantom(shape=(20, 20, 20), spacing=4.0)
     series = save_series(server.studies / "patient" / "series", values.T.astype(int))
-    answer = Client(server.address).infer(MODEL, "patient/series", {}, tmp_path / "sct.nrrd")
+    info = Client(server.address).infer(MODEL, "patient/series", {}, tmp_path / "sct.nrrd")
     sct, mr = read_volume(tmp_path / "sct.nrrd"), read_volume(series)
     shutil.rmtree(series.parent)
-    assert sct.shape == mr.shape and answer["result_kind"] == "scalar_volume"
+    assert sct.shape == mr.shape and info["result_kind"] == "scalar_volume"
     np.testing.assert_allclose(sct.affine, mr.affine, atol=1e-3)
 
 
@@ -254,7 +254,7 @@ def test_the_slicer_modules_client(server, by_bundle, mr, tmp_path):
     result = client.synthesize(mr, MODEL, SETTINGS, tmp_path, steps.append)
     assert_same(result.volume, by_bundle / "mr_sct.nii.gz")
     assert_same(result.uncertainty, by_bundle / "mr_sct_sd.nii.gz")
-    assert result.answer["seed"] == 3 and steps == ["sending the MR", "synthesising", "fetching the uncertainty"]
+    assert result.info["seed"] == 3 and steps == ["sending the MR", "synthesising", "fetching the uncertainty"]
     with pytest.raises(ServerError, match="must be a whole number from 1 to 1000"):
         client.synthesize(mr, MODEL, {"num_inference_steps": 0}, tmp_path)
     for _ in range(50):  # the server's watcher takes a moment to see that a file is gone
@@ -331,9 +331,9 @@ REFUSED = {
 @pytest.mark.parametrize("case", list(REFUSED))
 def test_a_bad_request_is_answered_with_4xx_and_a_sentence(server, case):
     method, selector, params, status, words = REFUSED[case]
-    found, answer = server.ask(method, selector, params)
-    assert (found, words in answer["detail"]) == (status, True), answer
-    assert "\n" not in answer["detail"] and str(server.studies) not in answer["detail"]
+    found, response = server.ask(method, selector, params)
+    assert (found, words in response["detail"]) == (status, True), response
+    assert "\n" not in response["detail"] and str(server.studies) not in response["detail"]
     assert server.process.poll() is None and server.leftovers() == []
 
 
@@ -342,13 +342,13 @@ def test_a_bad_request_is_answered_with_4xx_and_a_sentence(server, case):
 def test_an_upload_that_is_no_image_is_refused_everywhere_and_leaves_nothing(server, tmp_path, case):
     file = files_to_refuse(tmp_path)[case]
     before = files_in(server.studies)
-    roads = [("POST", f"/infer/{MODEL}", "file"), ("PUT", "/datastore/image?image=new", "file")]
-    roads += [("PUT", "/session/", "files")]
+    requests = [("POST", f"/infer/{MODEL}", "file"), ("PUT", "/datastore/image?image=new", "file")]
+    requests += [("PUT", "/session/", "files")]
     if case != "label map":  # which a label may be; training refuses it then
-        roads.append(("PUT", "/datastore/label?image=mr&tag=final", "label"))
-    for method, selector, part in roads:
-        status, answer = server.ask(method, selector, {}, file, part)
-        assert 400 <= status < 500 and str(server.studies) not in answer["detail"], (selector, answer)
+        requests.append(("PUT", "/datastore/label?image=mr&tag=final", "label"))
+    for method, selector, part in requests:
+        status, response = server.ask(method, selector, {}, file, part)
+        assert 400 <= status < 500 and str(server.studies) not in response["detail"], (selector, response)
     server.wait_until_idle()
     assert files_in(server.studies) == before
 
@@ -368,8 +368,8 @@ def test_without_weights_a_sentence_and_with_them_again_a_synthetic_ct(server):
     away = server.weights.with_suffix(".away")
     server.weights.rename(away)
     try:
-        status, answer = server.ask("POST", f"{INFER}&output=json", {})
-        assert status == 400 and "no such weights" in answer["detail"]
+        status, response = server.ask("POST", f"{INFER}&output=json", {})
+        assert status == 400 and "no such weights" in response["detail"]
     finally:
         away.rename(server.weights)
     assert server.ask("POST", f"{INFER}&output=json", {})[0] == 200
@@ -391,8 +391,8 @@ def test_a_batch_is_synthesised_in_the_background(server, by_bundle):
 def test_two_requests_at_once_get_each_its_own(server, by_bundle, tmp_path):
     def infer(seed: int) -> tuple[Path, int]:
         target = tmp_path / f"{seed}.nii.gz"
-        answer = Client(server.address).infer(MODEL, "mr", {**SETTINGS, "seed": seed}, target)
-        return target, answer["seed"]
+        info = Client(server.address).infer(MODEL, "mr", {**SETTINGS, "seed": seed}, target)
+        return target, info["seed"]
 
     with ThreadPoolExecutor(2) as pool:
         (first, a), (second, b) = pool.map(infer, (3, 4))
@@ -403,8 +403,8 @@ def test_two_requests_at_once_get_each_its_own(server, by_bundle, tmp_path):
 
 @live
 def test_fifty_hostile_requests_beside_good_ones(server, by_bundle, mr, tmp_path):
-    """Broken forms, bodies of noise, refused requests and files, and paths that lead outside, eight at a time: the server
-    stays up, the good requests get what they should, and nothing is left or written elsewhere."""
+    """Broken forms, bodies of noise, refused requests and files, and paths that lead outside, eight at a time: the
+    server stays up, the good requests get what they should, and nothing is left or written elsewhere."""
     files, noise = list(files_to_refuse(tmp_path).values()), np.random.default_rng(0)
     (tmp_path / "list.csv").write_text(f"image\n{mr}\n")
     before = files_in(server.studies.parent)
@@ -423,14 +423,16 @@ def test_fifty_hostile_requests_beside_good_ones(server, by_bundle, mr, tmp_path
 
     quick = [case for name, case in REFUSED.items() if "unlike" not in name]
     hostile = [lambda c=case: server.ask(*c[:3])[0] for case in quick]
-    hostile += [lambda f=file: server.ask("POST", f"/infer/{MODEL}", {}, f)[0] for file in [*files, tmp_path / "list.csv"]]
+    hostile += [
+        lambda f=file: server.ask("POST", f"/infer/{MODEL}", {}, f)[0] for file in [*files, tmp_path / "list.csv"]
+    ]
     hostile += [lambda n=number: raw(n) for number in range(50 - len(hostile))]
     order = noise.permutation(len(hostile))
     with ThreadPoolExecutor(8) as pool:
         results = [pool.submit(hostile[n]) for n in order]
-        answers = [pool.submit(good, seed) for seed in range(4)]
+        futures = [pool.submit(good, seed) for seed in range(4)]
         statuses = [result.result() for result in results]
-        made = [answer.result() for answer in answers]
+        made = [future.result() for future in futures]
     assert len(statuses) == 50 and {s for s in statuses if not 400 <= s < 500} == set()
     for path in made:
         assert_same(path, by_bundle / "mr_sct.nii.gz")
@@ -499,14 +501,14 @@ def test_training_changes_the_weights_and_the_next_inference_uses_them(server, b
     task = server.finished("/train/")
     assert task["status"] == "DONE", task
     stats = server.client(tmp_path, "info")["train_stats"][MODEL]
-    path, answer = server.client(tmp_path, "infer", model=MODEL, image_id="mr", params=SETTINGS)
-    assert answer["model_sha256"] == stats["model_sha256"] == sha256(server.studies / MODEL / "model.pt") != shipped
+    path, info = server.client(tmp_path, "infer", model=MODEL, image_id="mr", params=SETTINGS)
+    assert info["model_sha256"] == stats["model_sha256"] == sha256(server.studies / MODEL / "model.pt") != shipped
     assert stats["started_from_sha256"] == shipped == sha256(server.weights)
     assert (np.asarray(read_volume(path)) != np.asarray(read_volume(by_bundle / "mr_sct.nii.gz"))).any()
     assert not list((server.studies / MODEL).rglob("*checkpoint*"))
     assert server.ask("DELETE", f"/model/{MODEL}")[0] == 200  # back to the bundle's
-    status, answer = server.ask("POST", f"{INFER}&output=json", {})
-    assert (status, answer["model_sha256"]) == (200, shipped)
+    status, response = server.ask("POST", f"{INFER}&output=json", {})
+    assert (status, response["model_sha256"]) == (200, shipped)
 
 
 @live
@@ -520,7 +522,7 @@ def test_a_server_that_was_killed_at_work_starts_again_without_what_it_left(serv
             time.sleep(0.1)
         server.process.send_signal(signal.SIGKILL)
         server.process.wait(20)
-        with pytest.raises(ServerError, match="no answer"):
+        with pytest.raises(ServerError, match="no response"):
             request.result(60)
     assert list((server.studies / MODEL / "tmp").iterdir()) and not mr.with_name("never.nrrd").exists()
     server.start()

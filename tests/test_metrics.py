@@ -1,4 +1,4 @@
-"""Scores against values worked out by hand, and against the known score of the trivial answer on real data."""
+"""Scores against values worked out by hand, and against the known score of the trivial prediction on real data."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ HU_WINDOW = (-1000.0, 1600.0)
 
 
 def test_scores_equal_those_worked_out_by_hand():
-    """Errors 10, -30, -40 and -160; bone is 300 and 400 in the CT and 260 in the answer; means 145 and 200."""
+    """Errors 10, -30, -40 and -160; bone is 300 and 400 in the CT and 260 in the prediction; means 145 and 200."""
     mse = (100 + 900 + 1600 + 25600) / 4
     covariance = (-135 * -200 + -75 * -100 + 115 * 100 + 95 * 200) / 4
     sds = ((135**2 + 75**2 + 115**2 + 95**2) / 4) ** 0.5 * ((200**2 + 100**2 + 100**2 + 200**2) / 4) ** 0.5

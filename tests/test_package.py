@@ -162,7 +162,7 @@ def test_metadata_that_lack_something_fail(folder, tmp_path, key, value, complai
 def test_where_the_schema_cannot_be_fetched_the_report_says_so(folder, tmp_path):
     metadata = {**METADATA, "schema": "http://127.0.0.1:9/schema.json"}
     (folder / "configs/metadata.json").write_text(json.dumps(metadata))
-    assert check_metadata(folder, None, tmp_path).startswith("required keys only, its schema was not to be had")
+    assert check_metadata(folder, None, tmp_path).startswith("required keys only, its schema is not available")
 
 
 def test_metadata_against_a_schema_that_they_break_fail(folder, tmp_path):

@@ -183,7 +183,7 @@ def test_a_damaged_ct_is_no_training_pair(tmp_path, person, name):
         itk.imwrite(image, str(folder / name), compression=True)
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: int(0.6 * len(content))])
-    with pytest.raises(InputError, match=f"{name}: is damaged or cut off"):
+    with pytest.raises(InputError, match=f"{name}: is damaged or truncated"):
         load_patient(patient(folder))
 
 

@@ -111,7 +111,7 @@ def test_without_a_ct_what_can_be_shown_is_shown(tmp_path):
     report(str(tmp_path / "out"), str(tmp_path / "elsewhere" / "a.html"))
     text = (tmp_path / "elsewhere" / "a.html").read_text()
     assert len(Page(text).captions) == 2
-    assert "no CT to compare with" in text and "not compared with the training set" in text
+    assert "No CT to compare with" in text and "not compared with the training set" in text
 
 
 def test_a_volume_that_is_gone_is_said_and_the_others_are_shown(scored, tmp_path):

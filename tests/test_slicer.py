@@ -44,8 +44,8 @@ class Handler(BaseHTTPRequestHandler):
             if self.server.refusal:
                 return self._answer(400, json.dumps({"detail": self.server.refusal}).encode())
             spread = {"label": "x", "tag": "uncertainty"} if b'"num_samples": 2' in body else None
-            answer = {**ANSWER, "uncertainty": spread}
-            head = b'--edge\r\nContent-Disposition: form-data; name="params"\r\n\r\n' + json.dumps(answer).encode()
+            info = {**ANSWER, "uncertainty": spread}
+            head = b'--edge\r\nContent-Disposition: form-data; name="params"\r\n\r\n' + json.dumps(info).encode()
             file = b'\r\n--edge\r\nContent-Disposition: form-data; name="image"; filename="a.nrrd"\r\n\r\n' + VOLUME
             return self._answer(200, head + file + b"\r\n--edge--\r\n", "multipart/form-data; boundary=edge")
         if self.path.startswith("/datastore/label"):
@@ -84,7 +84,7 @@ def mr(tmp_path: Path) -> Path:
 def test_the_volume_comes_back_byte_for_byte_and_the_upload_is_removed(server, mr, tmp_path):
     result = Client(server.address).synthesize(mr, "synthetic_ct", {"num_samples": 2}, tmp_path)
     assert result.volume.read_bytes() == VOLUME and result.uncertainty.read_bytes() == b"uncertain"
-    assert result.answer["seed"] == 5
+    assert result.info["seed"] == 5
     assert [(method, path) for method, path, _ in server.seen] == [
         ("PUT", "/datastore/image"), ("POST", "/infer/synthetic_ct"), ("GET", "/datastore/label"),
         ("DELETE", "/datastore/image"),
@@ -128,8 +128,8 @@ def test_cancel_frees_the_thread_that_waits_and_removes_the_upload(server, mr, t
 
 @pytest.mark.parametrize(
     "address, words",
-    [("localhost", "is no address"), ("ftp://a", "is no address"), ("http://127.0.0.1:1", "is the server running"),
-     ("http://127.0.0.1:99999", "is no address")],
+    [("localhost", "is not an address"), ("ftp://a", "is not an address"),
+     ("http://127.0.0.1:1", "is the server running"), ("http://127.0.0.1:99999", "is not an address")],
 )  # fmt: skip
 def test_an_address_that_is_none_gives_a_sentence(address, words):
     with pytest.raises(ServerError, match=words):

@@ -1,4 +1,4 @@
-"""Body, shoulders, intensity standard, common grid and augmentation, on shapes whose answer is known."""
+"""Body, shoulders, intensity standard, common grid and augmentation, on shapes with known results."""
 
 from __future__ import annotations
 

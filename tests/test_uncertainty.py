@@ -1,4 +1,4 @@
-"""The samples' spread: its scale, how well it tells the error, and the road from the sampler to a second volume."""
+"""The samples' spread: its scale, how well it tells the error, and the path from the sampler to a second volume."""
 
 from __future__ import annotations
 

@@ -21,7 +21,14 @@ from scipy import ndimage
 
 from custom_modules.data.grid import RestoreGridd
 from custom_modules.data.inputs import find_volumes, require_volumes
-from custom_modules.data.volumes import AirOutsideBodyd, ReadVolumed, SaveVolumed, beside, read_volume, write_volume
+from custom_modules.data.volumes import (
+    AirOutsideBodyd,
+    ReadVolumed,
+    SaveVolumed,
+    read_volume,
+    sibling_path,
+    write_volume,
+)
 from custom_modules.errors import InputError, one_line
 from custom_modules.files import writable_or_stop
 from custom_modules.inference.pipeline import VolumeDataset, collate
@@ -387,7 +394,7 @@ def test_the_reason_is_not_that_of_another_format(tmp_path, extension):
     [(np.diag([2.0, 3, 4, 1]), (1.0, 1.0, 1.0)), (OBLIQUE, (1.0, 1.0, 1.0)), (OBLIQUE, (1.5, 2.5, 2.0))],
 )
 def test_a_header_that_contradicts_itself_is_never_settled_in_silence(tmp_path, sform, spacing):
-    """Only two answers are right: the affine that every other program takes, or a refusal."""
+    """Only two results are right: the affine that every other program takes, or a refusal."""
     path = with_sform(tmp_path / "a.nii", sform)
     content = bytearray(path.read_bytes())
     struct.pack_into("<3f", content, 80, *spacing)
@@ -532,8 +539,8 @@ def test_outside_the_body_is_air_and_inside_is_rounded_to_int16():
 
 
 def test_what_belongs_to_a_volume_is_named_after_it():
-    assert beside("x/a_sct.nii.gz", "_sd") == Path("x/a_sct_sd.nii.gz")
-    assert beside(Path("a.b.mha"), "", ".json") == Path("a.b.json")
+    assert sibling_path("x/a_sct.nii.gz", "_sd") == Path("x/a_sct_sd.nii.gz")
+    assert sibling_path(Path("a.b.mha"), "", ".json") == Path("a.b.json")
 
 
 def test_the_sd_of_air_is_zero_and_inside_stays_as_it_is():

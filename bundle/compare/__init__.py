@@ -1,1 +1,1 @@
-"""``compare``: every system of the paper, trained for the same time and scored by the same code."""
+"""``compare``: every system of the paper, trained equally long and scored by the same code."""

@@ -1,4 +1,4 @@
-"""``python -m bundle compare``: Tables I and II, every system trained for the same time and scored by the same code."""
+"""``python -m bundle compare``: Tables I and II, with every system trained equally long and scored by the same code."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from custom_modules.files import writable_or_stop, write_json
 from custom_modules.training.record import commit, hardware
 
 SPLITS = ("training", "validation", "test")
-STEP_SECONDS = 1.0  # a stage with less than this cannot be meant
+STEP_SECONDS = 1.0  # a stage with less time than this must be a mistake
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One training: ``files`` below configs, joined, for ``share`` of the system's time. Systems that name the same
-    folder share the training. In the texts of ``settings``, {runs} is the folder of all."""
+    """One training: ``files`` in configs, combined, for the fraction ``share`` of the system's time. Systems that name
+    the same folder share the training. In the texts of ``settings``, {runs} is the folder of all runs."""
 
     folder: str
     files: Sequence[str]
@@ -40,7 +40,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class System:
-    """A row: its name, its trainings in turn, and the overlays on inference.yaml that sample the last one's weights."""
+    """A row of the tables: its name, its trainings in turn, and the overlays on inference.yaml for the last weights."""
 
     title: str
     stages: Sequence[Stage]
@@ -48,7 +48,7 @@ class System:
     settings: Mapping[str, Any] = field(default_factory=dict)  # of inference.yaml
 
 
-FIRST = ("train", "train_autoencoder")  # the first stage, and what the baselines are overlays on
+FIRST = ("train", "train_autoencoder")  # the first stage, on which the baselines are overlays
 
 
 def _regression(name: str, title: str, *overlays: str) -> System:
@@ -65,7 +65,7 @@ PIXEL = (SLICES, "baselines/ddpm")
 
 
 def _encoded(weights: str) -> dict[str, Any]:
-    """Settings that put a first stage's weights in the second."""
+    """Return the settings that load the weights of a first stage into the second."""
     load = {
         "_target_": "custom_modules.networks.weights.load_weights_or_stop",
         "network": "@autoencoder_def",
@@ -75,7 +75,8 @@ def _encoded(weights: str) -> dict[str, Any]:
 
 
 def _project(name: str, title: str, *overlay: str, autoencoder: str | None = None) -> System:
-    """This project's three stages, with an ablation; ``autoencoder``: whose first stage is the same."""
+    """Return the three stages of this project with an ablation; ``autoencoder`` names a system with the same first
+    stage."""
     first = f"{autoencoder or name}_autoencoder"
     stages = [
         Stage(first, [*FIRST, *overlay], 0.35, {"best_weights": "model.pt"}),
@@ -91,8 +92,10 @@ KL_2D = Stage("kl_2d", [*FIRST, *KL], 0.3)
 KL_3D = Stage("kl_3d", [*FIRST, *KL, "baselines/stable_dm_3d"], 0.4)
 NO_MR = {**_encoded("{runs}/kl_2d/model.pt"), "network_def#condition": "none", "network_def#controlnet": None}
 LOCKED = {
-    "_target_": "custom_modules.baselines.diffusion.add_controlnet", "network": "@network_def", "path": "{runs}/ldm_2d/model.pt"
-}  # fmt: skip
+    "_target_": "custom_modules.baselines.diffusion.add_controlnet",
+    "network": "@network_def",
+    "path": "{runs}/ldm_2d/model.pt",
+}
 
 SYSTEMS = {
     "ddpm": System("DDPM", [Stage("ddpm", [*FIRST, *PIXEL, AVERAGE])], PIXEL),
@@ -140,17 +143,17 @@ def compare(
 ) -> None:
     """Train each of ``systems`` for ``budget`` minutes on the training split and score it on the test split.
 
-    What is trained stays below ``output_dir`` and goes on where it was stopped. A system that is scored leaves
-    ``RESULTS/<system>.json``, small enough to be committed: with it there, for the same budget and data, the system is
-    done, on whatever machine. All of ``compare.csv``, ``RESULTS.md`` and the picture are made from these files.
+    Trainings are kept in ``output_dir`` and continue where they were stopped. A system that has been scored leaves
+    ``RESULTS/<system>.json``, small enough to be committed. With this file, for the same budget and data, the system is
+    done on any machine. ``compare.csv``, ``RESULTS.md`` and the picture are made from these files only.
 
     Args:
-        budget: minutes of wall time a system, all its stages together; reading the volumes is not counted.
+        budget: minutes of wall time per system, all its stages together; reading the volumes is not counted.
         systems: ``all``, names joined by commas, or a list; none (an empty text) only writes the report.
         settings: of all trainings, such as ``patience``.
 
     Raises:
-        InputError: before any training, for an unknown system, a budget too small for a step, a datalist without the
+        InputError: before any training, for an unknown system, a budget too small for one step, a datalist without the
             three splits, or an ``output_dir`` of another budget or other data.
     """
     names = _names(systems)
@@ -158,7 +161,7 @@ def compare(
         not isinstance(budget, (int, float))
         or min(60 * budget * stage.share for name in names or SYSTEMS for stage in SYSTEMS[name].stages) < STEP_SECONDS
     ):
-        raise InputError(f"a budget of {budget} min is too small for one step of each stage; give more --budget")
+        raise InputError(f"a budget of {budget} min is too small for one step of each stage; give a larger --budget")
     path = Path(datalist or Path(dataset_dir) / "datalist.json")
     pairs = load_pairs(path, dataset_dir, SPLITS)
     writable_or_stop(output_dir)
@@ -197,7 +200,7 @@ def _compare_one(
     name: str, identity: Mapping[str, Any], pairs: Sequence[Mapping[str, str]], dataset_dir: str, datalist: Path,
     output_dir: Path, results: Path, settings: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """Train and score one system, and write its record; a failure is a record too."""
+    """Train and score one system, and write its record; a failure is recorded too."""
     record = {"system": name, **identity, "date": datetime.now(UTC).date().isoformat(), "commit": commit(),
               "hardware": {**hardware(), "threads": torch.get_num_threads()}, "problem": ""}  # fmt: skip
     try:
@@ -214,7 +217,7 @@ def _compare_one(
 def train(
     stage: Stage, identity: Mapping[str, Any], dataset_dir: str, datalist: Path, runs: Path, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Train a stage, or go on with it, unless it is complete; what its clock wrote."""
+    """Train a stage, or continue it, unless it is complete. Return the record of the time used."""
     folder = runs / stage.folder
     used = folder / "budget.json"
     if not used.exists():
@@ -235,7 +238,7 @@ def train(
 def evaluate(
     name: str, dataset_dir: str, datalist: Path, output_dir: Path, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Scores of the test patients, seconds a volume, and parameters at inference."""
+    """Return the scores of the test patients, the seconds per volume, and the number of parameters at inference."""
     system, folder = SYSTEMS[name], output_dir / name
     overlays = [str(ROOT / "configs" / f"{overlay}.yaml") for overlay in system.overlays]
     chosen = {key: settings[key] for key in ("device", "amp") if key in settings}
@@ -260,7 +263,7 @@ def evaluate(
 
 
 def _strip(name: str, pair: Mapping[str, str], output_dir: Path, results: Path) -> None:
-    """A column of the figure: three planes of the first test patient, the same for all systems."""
+    """Draw a column of the figure: three planes of the first test patient, the same for all systems."""
     mr, ct = (read_volume(pair[key]) for key in ("image", "label"))
     sct = read_volume(output_dir / name / f"{pair['patient']}_sct.nii.gz")
     centre = tuple(size // 2 for size in mr.shape[1:])

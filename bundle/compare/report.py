@@ -1,4 +1,4 @@
-"""``compare.csv``, the tables of ``docs/results.md`` and the figure beside it, from the records of the systems."""
+"""``compare.csv``, the tables of ``docs/results.md`` and its figure, made from the records of the systems."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 Record = dict[str, Any]
 
-# key of a row: heading, decimals, and whether more is better (None: nearer to 1)
+# key of a row: heading, decimals, and whether larger is better (None: nearer to 1 is better)
 SCORES: dict[str, tuple[str, int, bool | None]] = {
     "paper_psnr": ("PSNR, dB", 2, True),
     "paper_ssim": ("SSIM", 3, True),
@@ -49,7 +49,7 @@ REASONS = ("<!-- reasons: what stands from here to the end mark is kept when the
 
 
 def read_records(results: Path, identity: Mapping[str, Any], systems: Sequence[str]) -> dict[str, Record]:
-    """The record of each system, or one that says ``not run`` where there is none of this budget and data."""
+    """Read the record of each system; without one for this budget and data it says ``not run``."""
     records = {}
     for name in systems:
         path = results / f"{name}.json"
@@ -60,22 +60,24 @@ def read_records(results: Path, identity: Mapping[str, Any], systems: Sequence[s
 
 
 def values(record: Record, score: str) -> dict[str, float]:
-    """A score by patient, where it is defined."""
+    """Return a score by patient, where it is defined."""
     return {row["patient"]: row[score] for row in record.get("rows", []) if isinstance(row.get(score), (int, float))}
 
 
 def p_value(record: Record, reference: Record, score: str) -> float | None:
-    """Of Wilcoxon's signed-rank test over the patients that both have; None for fewer than 2 or no difference."""
+    """Return p of Wilcoxon's signed-rank test over the patients in both records; None for fewer than 2 patients, or
+    without any difference."""
     one, other = values(record, score), values(reference, score)
     differences = np.array([one[patient] - other[patient] for patient in one if patient in other])
     return float(wilcoxon(differences).pvalue) if len(differences) > 1 and differences.any() else None
 
 
 def write_report(results: Path, identity: Mapping[str, Any], titles: Mapping[str, str], table: Path) -> Path:
-    """Write ``table`` (CSV, a line a system and patient), ``RESULTS.md`` beside the folder, and the figure in it.
+    """Write ``table`` (CSV, one line per system and patient), the page ``RESULTS.md``, and the figure in RESULTS.
 
     Args:
-        identity: ``budget`` and ``data_sha256`` of the records that count.
+        results: folder of the records.
+        identity: ``budget`` and ``data_sha256`` of the records to include.
         titles: of all systems, in the order of the rows.
     """
     records = read_records(results, identity, list(titles))
@@ -91,7 +93,7 @@ def write_report(results: Path, identity: Mapping[str, Any], titles: Mapping[str
         _cost(records, titles),
         _rankings(records, titles),
         REASONS[0] + kept + REASONS[1],
-        f"![One test patient, a column a system]({results.name}/{figure.name})" if figure else "",
+        f"![One test patient, one column per system]({results.name}/{figure.name})" if figure else "",
     ]
     page.parent.mkdir(parents=True, exist_ok=True)
     write_text("\n\n".join(part for part in parts if part) + "\n", page)
@@ -115,11 +117,12 @@ def _head(records: Mapping[str, Record], identity: Mapping[str, Any]) -> str:
     patients = {patient for record in run for patient in values(record, "paper_mae")}
     return (
         "# Tables I and II, repeated\n\n"
-        "Written by `python -m bundle compare`; do not edit but between the marks below.\n\n"
-        f"{len(patients)} test patients, never trained or tuned on (data {identity['data_sha256'][:12]}). Each system "
-        f"had {identity['budget']:g} min of wall time, all its stages and its validation included, reading the volumes "
-        "not; the weights are those of its best validation. CPU minutes are those of its own process: where they are "
-        f"well below the minutes times the threads, the machine was shared. Run {dates[0]}"
+        "Written by `python -m bundle compare`; do not edit except between the marks below.\n\n"
+        f"{len(patients)} test patients, never used for training or tuning (data {identity['data_sha256'][:12]}). Each "
+        f"system had {identity['budget']:g} min of wall time, including all its stages and validation but not reading "
+        "the volumes; the weights are those of its best validation. CPU minutes are those of its own process: where "
+        "they are well below the minutes times the threads, the machine was shared. "
+        f"Run {dates[0]}"
         + (f" to {dates[-1]}" if len(dates) > 1 else "")
         + f" on {'; '.join(sorted(machines)) or '-'}."
     )
@@ -143,7 +146,7 @@ def _mean(record: Record, score: str) -> str:
 
 
 def _scores(records: Mapping[str, Record], titles: Mapping[str, str]) -> str:
-    head = ["", *(heading for heading, _, _ in SCORES.values()), "s a volume", "parameters, M"]
+    head = ["", *(heading for heading, _, _ in SCORES.values()), "s per volume", "parameters, M"]
     rows = []
     for name, record in records.items():
         if record["problem"]:
@@ -156,7 +159,8 @@ def _scores(records: Mapping[str, Record], titles: Mapping[str, str]) -> str:
     return (
         "## Scores\n\nMean ± SD over patients, inside the body, on the MR's own grid. PSNR, SSIM, MAE and NCC by the "
         "paper's protocol (HU within ±800), bone (over 250 HU) with HU as they are. Inter-slice inconsistency: mean "
-        "absolute axial difference of neighbours over that of the CT; 1 is the CT's own.\n\n" + _markdown(head, rows)
+        "absolute axial difference of neighbours divided by that of the CT; 1 is as in the CT.\n\n"
+        + _markdown(head, rows)
     )
 
 
@@ -172,7 +176,7 @@ def _p_values(records: Mapping[str, Record], titles: Mapping[str, str]) -> str:
     least = 2.0 ** (1 - len(values(reference, "paper_mae")))
     return (
         f"Paired Wilcoxon p against {titles[REFERENCE]}, two-sided, not corrected for the number of tests; with this "
-        f"many patients the least that can be had is {least:.3f}:\n\n"
+        f"many patients the smallest possible p is {least:.3f}:\n\n"
         + _markdown(["", *(heading for heading, _, _ in SCORES.values())], rows)
     )
 
@@ -189,13 +193,13 @@ def _cost(records: Mapping[str, Record], titles: Mapping[str, str]) -> str:
     if not rows:
         return ""
     return (
-        "## Training\n\nA stage that two systems share was trained once and counts for both; the validation of an "
-        "autoencoder's stage is that of reconstruction.\n\n" + _markdown(head, rows)
+        "## Training\n\nA stage that two systems share was trained once and counts for both; the validation error of "
+        "an autoencoder is that of reconstruction.\n\n" + _markdown(head, rows)
     )
 
 
 def _rankings(records: Mapping[str, Record], titles: Mapping[str, str]) -> str:
-    lines = ["## Beside the paper's ranking"]
+    lines = ["## Comparison with the paper's ranking"]
     for table, paper in PAPER.items():
         here = [name for name in paper if not records[name]["problem"]]
         for n, score in enumerate(PAPER_SCORES):
@@ -215,7 +219,7 @@ def _rankings(records: Mapping[str, Record], titles: Mapping[str, str]) -> str:
 
 
 def write_figure(records: Mapping[str, Record], results: Path) -> Path | None:
-    """``figure.png`` in the folder: MR, CT and every system's column side by side; None where there are none."""
+    """Write ``figure.png`` in the folder: MR, CT and the column of every system side by side; None without columns."""
     done = [name for name, record in records.items() if not record["problem"]]
     columns = [plt.imread(path) for name in ("mr", "ct", *done) if (path := results / f"{name}.png").exists()]
     if not done or not columns:

@@ -15,9 +15,9 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
 from bundle.label_app.options import Options
-from bundle.label_app.studies import Studies, called, check_name, check_volume_file
+from bundle.label_app.studies import Studies, check_name, check_volume_file, errors_name
 from bundle.workflow import ROOT, inference_workflow
-from custom_modules.data.volumes import EXTENSIONS, beside
+from custom_modules.data.volumes import EXTENSIONS, sibling_path
 from custom_modules.errors import InputError
 from custom_modules.settings import Setting
 
@@ -28,11 +28,11 @@ UNCERTAINTY = "uncertainty"  # label tag of the samples' standard deviation
 class Synthesis(InferTask):
     """MR to synthetic CT, int16 HU on the MR's grid.
 
-    One request at a time; each reads the weights anew, so that it runs with those that stand there.
+    One request runs at a time; each reads the weights again, so that it uses the current ones.
 
     Args:
         studies: of the server.
-        checkpoint: gives the weights in use.
+        checkpoint: returns the path of the current weights.
     """
 
     def __init__(self, studies: Studies, checkpoint: Callable[[], Path]) -> None:
@@ -51,12 +51,12 @@ class Synthesis(InferTask):
     def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Synthesise the CT of ``request["image"]``, an id or path in the studies folder.
 
-        ``result_extension`` is one of the road's, the MR's own without it. ``save_label`` keeps the answer as the
-        image's label ``label_tag``, ``save_image`` as an image ``<id>_sct``; both are for images of the datastore. So
-        is the standard deviation of several samples, which is kept as their label ``uncertainty``.
+        ``result_extension`` is a supported extension, by default that of the MR. ``save_label`` keeps the result as
+        label ``label_tag`` of the image, ``save_image`` as a further image ``<id>_sct``, and the standard deviation of
+        several samples is kept as label ``uncertainty``: all three for images of the datastore only.
 
         Returns:
-            The file, which is the caller's to remove, and what is said with it.
+            The file, which the caller has to remove, and the information about it for the client.
 
         Raises:
             InputError: for an option, image or weights that cannot be used.
@@ -68,23 +68,23 @@ class Synthesis(InferTask):
         tag = str(tag.value if isinstance(tag, DefaultLabelTag) else tag)
         check_name(tag)
         if tag == DefaultLabelTag.FINAL.value:
-            raise InputError(f"label_tag '{tag}' is for CTs to learn from; keep a synthetic CT under another")
-        with called(path, f"image '{image_id}'" if image_id else "the image"), self.lock:
+            raise InputError(f"label_tag '{tag}' is for CTs to train on; use another for a synthetic CT")
+        with errors_name(path, f"image '{image_id}'" if image_id else "the image"), self.lock:
             volume = check_volume_file(path)
             extension = self._extension(request.get("result_extension") or volume["output"])
             # named apart from uploads, which are removed when a request fails
             with tempfile.TemporaryDirectory(prefix="result") as folder:
                 made, result = Path(folder) / f"sct{extension}", f"{folder}_sct{extension}"
-                answer = self._run({"image": volume["image"], "output": made.name}, folder, settings)
+                info = self._run({"image": volume["image"], "output": made.name}, folder, settings)
                 if image_id and save_label:
-                    self.studies.keep(image_id, made, tag, {"params": answer})
+                    self.studies.keep(image_id, made, tag, {"params": info})
                 if image_id and save_image:
-                    self.studies.add_image(f"{image_id}_sct", str(made), {"params": answer})
-                if image_id and beside(made, "_sd").exists():
-                    answer["uncertainty"] = {"label": image_id, "tag": UNCERTAINTY, "units": "HU"}
-                    self.studies.keep(image_id, beside(made, "_sd"), UNCERTAINTY, {"params": answer})
+                    self.studies.add_image(f"{image_id}_sct", str(made), {"params": info})
+                if image_id and sibling_path(made, "_sd").exists():
+                    info["uncertainty"] = {"label": image_id, "tag": UNCERTAINTY, "units": "HU"}
+                    self.studies.keep(image_id, sibling_path(made, "_sd"), UNCERTAINTY, {"params": info})
                 os.replace(made, result)
-        return result, answer
+        return result, info
 
     @staticmethod
     def _extension(name: str) -> str:
@@ -94,14 +94,14 @@ class Synthesis(InferTask):
         return extension
 
     def _run(self, volume: dict[str, str], folder: str, settings: dict[str, Any]) -> dict[str, Any]:
-        """The bundle's inference of one volume into ``folder``; its record as an answer to a client."""
+        """Run the bundle's inference on one volume, with results in ``folder``; return the information for a client."""
         own: dict[str, Any] = {"output_dir": folder, "checkpoint": str(self.checkpoint()), "dataset#data": [volume]}
         workflow = inference_workflow(logging_file=False, **own, **settings)
         try:
             workflow.run()
-        except SystemExit as error:  # the road's way to end with a sentence
+        except SystemExit as error:  # inference ends the program with one line
             raise InputError(str(error).splitlines()[-1].strip().removeprefix("error: ")) from error
-        record = json.loads(beside(Path(folder) / volume["output"], "", ".json").read_text())
+        record = json.loads(sibling_path(Path(folder) / volume["output"], "", ".json").read_text())
         guard = record["guard"] or {}
         return {
             "result_kind": "scalar_volume",

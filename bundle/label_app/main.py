@@ -33,14 +33,14 @@ from custom_modules.errors import InputError  # noqa: E402
 logger = logging.getLogger(__name__)
 
 MODEL = "synthetic_ct"
-STALE = 3600  # seconds after which nobody waits for a temporary file
+STALE = 3600  # seconds after which a temporary file is no longer needed
 
 
 class SyntheticCTApp(MONAILabelApp):
-    """One model, ``synthetic_ct``. What the app keeps for itself is in ``DIR/synthetic_ct``: the weights that training
-    made, the training's record, sessions, and temporary files.
+    """App with one model, ``synthetic_ct``. Its own files are in ``DIR/synthetic_ct``: the weights and the
+    record of training, sessions, and temporary files.
 
-    ``--conf checkpoint PATH`` takes other weights than the bundle's.
+    ``--conf checkpoint PATH`` uses other weights than the bundle's.
     """
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
@@ -57,7 +57,7 @@ class SyntheticCTApp(MONAILabelApp):
         )  # fmt: skip
 
     def checkpoint(self) -> Path:
-        """The weights in use: those of the last training or upload here, else the bundle's."""
+        """Return the current weights: those of the last training or upload, otherwise the bundle's."""
         own = self.folder / "model.pt"
         return own if own.is_file() else self.shipped
 
@@ -75,8 +75,8 @@ class SyntheticCTApp(MONAILabelApp):
         return CheckedSessions(settings.MONAI_LABEL_SESSION_PATH, settings.MONAI_LABEL_SESSION_EXPIRY) if load else None
 
     def on_init_complete(self) -> None:
-        """What only the server does, and not the processes that it trains in: temporary files get a folder, emptied of
-        what a server before left; every error gets an answer; pages of other sites may not read what is here."""
+        """Set up what only the server needs, not its training processes: an empty folder for temporary files, a
+        response to every error, and no access for pages of other sites."""
         from monailabel.app import CORSMiddleware
         from monailabel.app import app as server
 
@@ -86,7 +86,7 @@ class SyntheticCTApp(MONAILabelApp):
         for error in (InputError, MONAILabelException, json.JSONDecodeError, HTTPException, Exception):
             server.add_exception_handler(error, refuse)
         server.user_middleware = [entry for entry in server.user_middleware if entry.cls is not CORSMiddleware]
-        server.middleware_stack = server.build_middleware_stack()  # it stood before the app was made
+        server.middleware_stack = server.build_middleware_stack()  # built before the app was made
         super().on_init_complete()
 
     def check_model(self, model: str | None) -> None:
@@ -102,17 +102,18 @@ class SyntheticCTApp(MONAILabelApp):
     infer_wsi = infer
 
     def batch_infer(self, request: dict[str, Any], datastore: Studies | None = None) -> dict[str, Any]:
-        """MONAI Label's, which without this divides by the number of GPUs where there is none."""
+        """Run MONAI Label's batch inference, which without this divides by the number of GPUs even if it is zero."""
         return super().batch_infer({**request, "multi_gpu": torch.cuda.is_available()}, datastore)
 
     def bundle_path(self, model: str | None) -> str | None:
-        """Asked for before a task goes to the background: the last place to refuse an unknown model in the answer."""
+        """Refuse an unknown model. The server calls this last before a task goes to the background, where no response
+        can report it."""
         if model is not None:
             self.check_model(model)
         return None
 
     def model_file(self, model: str, validate: bool = True) -> str | None:
-        """The weights that clients may load, replace and delete: the app's own, never the bundle's."""
+        """Return the weights that clients may load, replace and delete: the app's own, never the bundle's."""
         self.check_model(model)
         own = self.folder / "model.pt"
         return str(own) if own.is_file() or not validate else None
@@ -126,8 +127,8 @@ class SyntheticCTApp(MONAILabelApp):
 
 
 async def refuse(request: Request, error: Exception) -> JSONResponse:
-    """Answer an error: 4xx and one sentence where the client can mend it. What was uploaded with the request goes;
-    MONAI Label handles requests one after another in its event loop, as this is, so that no other's is there."""
+    """Respond to an error: 4xx and one sentence if the client can correct it. Files uploaded with the request are
+    removed; these are the only ones, because MONAI Label handles requests one after another in its event loop."""
     for upload in Path(tempfile.gettempdir()).glob("tmp*"):
         remove_file(str(upload))
     status, detail = 500, f"{type(error).__name__}: {error}"
@@ -139,6 +140,6 @@ async def refuse(request: Request, error: Exception) -> JSONResponse:
         status, detail = 404, error.msg
     elif isinstance(error, json.JSONDecodeError):
         status, detail = 400, f"not JSON: {error}"
-    detail = " ".join(str(detail).replace(f"{settings.MONAI_LABEL_STUDIES}/", "").split())  # the client knows no folder
+    detail = " ".join(str(detail).replace(f"{settings.MONAI_LABEL_STUDIES}/", "").split())  # hides the folder
     logger.warning("%s %s: %s %s", request.method, request.url.path, status, detail)
     return JSONResponse({"detail": detail}, status_code=status)

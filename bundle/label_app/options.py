@@ -1,4 +1,4 @@
-"""What a client of the label server may set: shown with its defaults, and checked when it comes back."""
+"""Settings that a client of the label server may change: shown with their defaults, and checked in requests."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 from custom_modules.errors import InputError
 from custom_modules.settings import SETTINGS, Setting
 
-# of MONAI Label's own requests
-CLIENT_KEYS = frozenset("model image device label_tag result_extension result_dtype result_compress session_id".split())
+# keys of MONAI Label's own requests
+CLIENT_KEYS = frozenset(
+    ("model", "image", "device", "label_tag", "result_extension", "result_dtype", "result_compress", "session_id")
+)
 
 
 class Options:
@@ -32,7 +34,7 @@ class Options:
             self.settings[name], self.defaults[name] = setting, default
 
     def shown(self) -> dict[str, Any]:
-        """The defaults. A list stands for choices there, the default first, so a list of numbers goes as text."""
+        """Return the defaults. Clients read a list as choices, the default first, so a list of numbers becomes text."""
         values = {}
         for name, default in self.defaults.items():
             choices = self.settings[name].choices
@@ -43,8 +45,8 @@ class Options:
         return values
 
     def chosen(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The values in a request, checked, with defaults where it has none. Whatever else a client sends, such as the
-        Slicer plugin's ``result_dtype``, is left alone, unless it looks like a misspelt setting.
+        """Return the checked values of a request, with defaults for missing ones. Other keys, such as ``result_dtype``
+        of the Slicer plugin, are ignored unless they look like a misspelt setting.
 
         Raises:
             InputError: for a value that is not allowed, or a name that is close to that of a setting.
@@ -55,7 +57,8 @@ class Options:
                 raise InputError(f"no setting '{name}'; did you mean '{close[0]}'?")
         try:
             return {
-                name: setting.parse(name, request.get(name, self.defaults[name])) for name, setting in self.settings.items()
+                name: setting.parse(name, request.get(name, self.defaults[name]))
+                for name, setting in self.settings.items()
             }
         except InputError as error:  # a client has no command line
             raise InputError(str(error).removeprefix("--")) from error

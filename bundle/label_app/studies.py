@@ -1,4 +1,4 @@
-"""The studies folder of the server: images and labels under plain names, and nothing in or out by any other path."""
+"""The studies folder of the server: images and labels with plain names, and no access to any other path."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ LABEL_MAP_VALUES = 32  # whole numbers that a label map may hold; a magnitude im
 
 
 class NotFound(InputError):
-    """Something that the client names is not there."""
+    """Something that the client names does not exist."""
 
 
 @contextmanager
-def called(path: str | Path, name: str) -> Iterator[None]:
-    """Errors about ``path``, which is the server's business, speak of ``name``, which the client knows."""
+def errors_name(path: str | Path, name: str) -> Iterator[None]:
+    """Let errors about ``path``, a path of the server, say ``name`` instead, by which the client knows it."""
     try:
         yield
     except InputError as error:
@@ -34,13 +34,13 @@ def called(path: str | Path, name: str) -> Iterator[None]:
 
 
 def check_volume_file(path: str | Path, label_map: bool = False) -> dict[str, str]:
-    """The one volume in ``path``, as :func:`~custom_modules.data.inputs.find_volumes` lists it.
+    """Return the one volume in ``path``, as :func:`~custom_modules.data.inputs.find_volumes` lists it.
 
     Args:
-        label_map: let a label map pass; a CT that is no CT is the training's to refuse.
+        label_map: accept a label map; training checks that a label is a CT.
 
     Raises:
-        InputError: for anything but one sound volume, and for a label map.
+        InputError: for anything but one valid volume, and for a label map.
     """
     if Path(path).suffix.lower() in LISTS:  # its paths could lead anywhere
         raise InputError(f"{path}: not a volume; give {', '.join(EXTENSIONS)} or a folder with a DICOM series")
@@ -56,21 +56,21 @@ def check_volume_file(path: str | Path, label_map: bool = False) -> dict[str, st
 
 
 def check_name(name: str) -> None:
-    """Raise InputError unless ``name`` can be a file's name and no path."""
+    """Raise InputError unless ``name`` can be a file name and is not a path."""
     if not re.fullmatch(r"\w[\w .+-]*", name):
-        raise InputError(f"'{name}' cannot be a name; take letters, digits, blanks and . _ + -")
+        raise InputError(f"'{name}' cannot be a name; use letters, digits, blanks and . _ + -")
 
 
 class Studies(LocalDatastore):
-    """MONAI Label's folder of images with labels, which takes volumes only and keeps every path inside."""
+    """MONAI Label's folder of images with labels, limited to volumes and to paths inside it."""
 
     def __init__(self, folder: str, **kwargs: Any) -> None:
         super().__init__(folder, extensions=[f"*{extension}" for extension in EXTENSIONS], **kwargs)
         self.folder = Path(folder).resolve()
 
     def resolve(self, image: str) -> tuple[str | None, Path]:
-        """The id of an image, None where it has none, and its path. ``image`` is an id, or a path in the studies
-        folder, where uploads and sessions lie too.
+        """Return the id of an image, None if it has none, and its path. ``image`` is an id, or a path in the studies
+        folder, which also contains uploads and sessions.
 
         Raises:
             NotFound: when there is no such image, or the path leads out of the folder.
@@ -90,13 +90,13 @@ class Studies(LocalDatastore):
 
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
         check_name(image_id)
-        with called(image_filename, f"image '{image_id}'"):
+        with errors_name(image_filename, f"image '{image_id}'"):
             check_volume_file(image_filename)
         return super().add_image(image_id, image_filename, image_info)
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
         check_name(label_tag)
-        with called(label_filename, f"label of '{image_id}'"):
+        with errors_name(label_filename, f"label of '{image_id}'"):
             check_volume_file(label_filename, label_map=True)
         return self.keep(image_id, label_filename, label_tag, label_info)
 
@@ -106,19 +106,19 @@ class Studies(LocalDatastore):
         return super().get_dataset_archive(limit_cases)
 
     def keep(self, image_id: str, label_filename: str | Path, label_tag: str, label_info: dict[str, Any]) -> str:
-        """:meth:`save_label` for a volume that the server itself made."""
+        """Save as label a volume that the server itself made, without the checks of :meth:`save_label`."""
         return super().save_label(image_id, str(label_filename), label_tag, label_info)
 
 
 class CheckedSessions(Sessions):
-    """MONAI Label's sessions, an uploaded image each, for one volume or DICOM series."""
+    """MONAI Label's sessions, each with one uploaded volume or DICOM series."""
 
     def add_session(
         self, data_file: str, expiry: int = 0, uncompress: bool = False, session_id: str | None = None
     ) -> Any:
         if uncompress:
             raise InputError("archives are not unpacked; send the volume itself, or the files of a DICOM series")
-        with called(data_file, "the upload"):
+        with errors_name(data_file, "the upload"):
             check_volume_file(data_file)
         return super().add_session(data_file, expiry, session_id=session_id)
 

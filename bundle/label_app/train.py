@@ -1,4 +1,4 @@
-"""The train task: fine-tunes the weights in use on the MRs of the studies folder that have a CT."""
+"""The train task: fine-tunes the current weights on the MRs of the studies folder that have a CT."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from custom_modules.errors import InputError
 from custom_modules.files import sha256, write_json
 from custom_modules.settings import Setting
 
-VAL_SPLIT = Setting("float", "share of the pairs that validation gets", low=0.01, high=0.9)
+VAL_SPLIT = Setting("float", "fraction of the pairs for validation", low=0.01, high=0.9)
 CONFIGS = [str(ROOT / "configs" / name) for name in ("train.yaml", "finetune.yaml")]
 
 
 class FineTuning(TrainTask):
-    """``configs/train.yaml`` with ``configs/finetune.yaml`` laid over it, which starts from whole weights.
+    """Fine-tuning: ``configs/train.yaml`` with the overlay ``configs/finetune.yaml``.
 
     Args:
-        weights: file that the result goes to; ``training`` beside it is the run's folder.
-        checkpoint: gives the weights to start from.
+        weights: file for the result; the run is in the folder ``training`` next to it.
+        checkpoint: returns the path of the weights to start from.
     """
 
     def __init__(self, weights: Path, checkpoint: Callable[[], Path]) -> None:
@@ -45,15 +45,15 @@ class FineTuning(TrainTask):
         return self.options.shown()
 
     def stats(self) -> dict[str, Any]:
-        """What is known of the weights that the last training left."""
+        """Return the record of the last training."""
         record = self.weights.with_suffix(".json")
         return json.loads(record.read_text()) if record.is_file() else {}
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
-        """Train on the images with a ``final`` label; a run that fails leaves the weights in use as they are.
+        """Train on the images with a ``final`` label; a run that fails leaves the current weights unchanged.
 
         Raises:
-            InputError: for fewer than two pairs, or what the training refuses in them.
+            InputError: for fewer than two pairs, or pairs that cannot be used.
         """
         settings = self.options.chosen(request)
         training, validation = split(datastore.datalist(), settings.pop("val_split"), settings["seed"])
@@ -63,14 +63,14 @@ class FineTuning(TrainTask):
         shutil.rmtree(run, ignore_errors=True)
         write_json({"training": training, "validation": validation}, run / "datalist.json")
         workflow = ConfigWorkflow(
-            config_file=CONFIGS, workflow_type="train", logging_file=False, initial_checkpoint=str(start), output_dir=str(run),
-            dataset_dir=str(run), datalist=str(run / "datalist.json"),
+            config_file=CONFIGS, workflow_type="train", logging_file=False, initial_checkpoint=str(start),
+            output_dir=str(run), dataset_dir=str(run), datalist=str(run / "datalist.json"),
             val_interval=min(self.val_interval, settings["max_epochs"]), **settings,
         )  # fmt: skip
         try:
             workflow.initialize()
             workflow.run()
-        except SystemExit as error:  # the training's way to end with a sentence
+        except SystemExit as error:  # training ends the program with one line
             raise InputError(str(error).removeprefix("error: ")) from error
         finally:
             for checkpoint in run.glob("checkpoint_*.pt"):
@@ -89,7 +89,7 @@ class FineTuning(TrainTask):
 
 
 def split(pairs: list[dict[str, Any]], share: float, seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Training and validation pairs, at least one of each.
+    """Split pairs into training and validation pairs, at least one of each.
 
     Raises:
         InputError: for fewer than two pairs.

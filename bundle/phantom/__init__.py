@@ -1,1 +1,1 @@
-"""``phantom``: made-up patients of known anatomy."""
+"""``phantom``: synthetic patients with known anatomy."""

@@ -1,6 +1,6 @@
-"""A parametric human body: tissues at any point, sampled from one seed in build, organs and pose.
+"""A parametric human body: the tissue at any point, with random build, organs and pose from one seed.
 
-Lengths are millimetres of an adult of 1.7 m, standing at the origin: x to the patient's right, y to the front, z from
+Lengths are millimetres of an adult of 1.7 m who stands at the origin: x to the patient's right, y to the front, z from
 the soles up (RAS).
 """
 
@@ -22,7 +22,7 @@ Point = tuple[float, float, float]
 
 
 class Canvas:
-    """A (D, H, W) map of tissues, painted shape by shape; each shape is computed in its bounding box only.
+    """A (D, H, W) map of tissues that is painted shape by shape, each computed in its bounding box only.
 
     Args:
         axes: coordinates of the voxels along x, y and z, mm of the 1.7 m adult.
@@ -46,7 +46,7 @@ class Canvas:
         view[mask] = TISSUES.index(tissue)
 
     def ball(self, tissue: str, centre: Point, radii: Point, within: tuple[str, ...] = ()) -> None:
-        """An ellipsoid along the axes; ``within`` limits it to what is one of these tissues."""
+        """Paint an ellipsoid along the axes; ``within`` limits it to voxels of these tissues."""
         c, r = np.array(centre), np.array(radii)
         box, points = self._box(c - r, c + r)
         mask = sum(((p - m) / s) ** 2 for p, m, s in zip(points, c, r)) < 1
@@ -55,7 +55,7 @@ class Canvas:
     def rod(
         self, tissue: str, start: Point, end: Point, radii: tuple[float, float], within: tuple[str, ...] = ()
     ) -> None:
-        """A rounded cone from ``start`` to ``end`` with a radius at each."""
+        """Paint a rounded cone from ``start`` to ``end`` with a radius at each end."""
         a, b, most = np.array(start), np.array(end), max(radii)
         box, points = self._box(np.minimum(a, b) - most, np.maximum(a, b) + most)
         line = b - a
@@ -65,12 +65,12 @@ class Canvas:
         self._paint(box, distance < (radii[0] + along * (radii[1] - radii[0])) ** 2, tissue, within)
 
     def bone(self, start: Point, end: Point, radii: tuple[float, float], cortex: float) -> None:
-        """A long bone: cortex of that thickness around marrow."""
+        """Paint a long bone: cortex of that thickness around marrow."""
         self.rod("cortex", start, end, radii)
         self.rod("marrow", start, end, (radii[0] - cortex, radii[1] - cortex))
 
     def column(self, tissue: str, outline: np.ndarray, shrink: float, within: tuple[str, ...] = ()) -> None:
-        """A stack of ellipses, rows of ``outline`` z, half-width and half-depth, all ``shrink`` mm smaller."""
+        """Paint a stack of ellipses, ``shrink`` mm smaller than rows of ``outline``: z, half-width and half-depth."""
         half = outline[:, 1:].max()
         box, (x, y, z) = self._box(np.array([-half, -half, outline[0, 0]]), np.array([half, half, outline[-1, 0]]))
         width, depth = (np.maximum(np.interp(z, outline[:, 0], outline[:, k]) - shrink, 1) for k in (1, 2))
@@ -79,11 +79,11 @@ class Canvas:
 
 @dataclass(frozen=True)
 class Build:
-    """One person: what differs between people, in mm and radians.
+    """The build of one person, in mm and radians.
 
     Attributes:
         girth: factor on all widths of soft parts.
-        fat: thickness under the skin.
+        fat: thickness of the fat under the skin.
         arms, legs: angle of each limb to the trunk, right and left.
         elbows: bend of each.
         jitter: shift (x, y, z) of each organ by name.
@@ -111,7 +111,7 @@ class Build:
         )
 
 
-# name, tissue, centre, radii, what it may lie in
+# name, tissue, centre, radii, tissues that it may replace
 SOFT = ("muscle", "fat")
 ORGANS: tuple[tuple[str, str, Point, Point, tuple[str, ...]], ...] = (
     ("right lung", "lung", (75, 5, 1270), (58, 82, 125), SOFT),
@@ -131,7 +131,7 @@ ORGANS: tuple[tuple[str, str, Point, Point, tuple[str, ...]], ...] = (
 
 
 def paint_body(axes: tuple[np.ndarray, np.ndarray, np.ndarray], build: Build) -> np.ndarray:
-    """The tissue of every point of a grid as an index into :data:`TISSUES`, (D, H, W)."""
+    """Return the tissue of every point of a grid as an index into :data:`TISSUES`, (D, H, W)."""
     canvas = Canvas(axes)
     for tissue, shrink in (("fat", 0.0), ("muscle", build.fat)):
         _soft_parts(canvas, build, tissue, shrink)
@@ -147,7 +147,7 @@ def paint_body(axes: tuple[np.ndarray, np.ndarray, np.ndarray], build: Build) ->
 
 
 def _arm(side: int, angle: float, elbow: float, girth: float) -> tuple[Point, Point, Point]:
-    """Shoulder, elbow and wrist."""
+    """Return the positions of shoulder, elbow and wrist."""
     direction = np.array([side * np.sin(angle), 0, -np.cos(angle)])
     shoulder = np.array([side * 178 * girth, 0, 1385])
     middle = shoulder + 300 * direction
@@ -156,14 +156,14 @@ def _arm(side: int, angle: float, elbow: float, girth: float) -> tuple[Point, Po
 
 
 def _leg(side: int, angle: float) -> tuple[Point, Point, Point]:
-    """Hip, knee and ankle."""
+    """Return the positions of hip, knee and ankle."""
     hip = np.array([side * 88, 0, 870])
     direction = np.array([side * np.sin(angle), 0, -np.cos(angle)])
     return tuple(hip), tuple(hip + 400 * direction), tuple(hip + 790 * direction)
 
 
 def _soft_parts(canvas: Canvas, build: Build, tissue: str, shrink: float) -> None:
-    """Trunk, head and limbs, ``shrink`` mm inside the skin (a third of it where there is little fat)."""
+    """Paint trunk, head and limbs, ``shrink`` mm inside the skin (a third of it where there is little fat)."""
     outline = TRUNK * [1, build.girth, build.girth]
     canvas.column(tissue, outline, shrink)
     thin = shrink / 3
@@ -197,7 +197,7 @@ def _head(canvas: Canvas) -> None:
 
 
 def _trunk_bones(canvas: Canvas, build: Build) -> None:
-    """Spine with discs and cord, ribs, breastbone, collar bones and pelvis."""
+    """Paint the spine with discs and cord, ribs, breastbone, collar bones and pelvis."""
     depth = -58 * build.girth
     for z in range(900, 1500, 32):
         radius = float(np.interp(z, (900, 1500), (26, 15)))
@@ -219,7 +219,7 @@ def _trunk_bones(canvas: Canvas, build: Build) -> None:
 
 
 def _ribs(canvas: Canvas, build: Build) -> None:
-    """Twelve pairs, slanting down to the front, in the chest wall."""
+    """Paint twelve pairs of ribs that slant down to the front, in the chest wall."""
     half = TRUNK[:, 1:].max() * build.girth
     box, (x, y, z) = canvas._box(np.array([-half, -half, 1080]), np.array([half, half, 1400]))
     width, depth = (np.interp(z, TRUNK[:, 0], TRUNK[:, k]) * build.girth - build.fat for k in (1, 2))
@@ -237,7 +237,7 @@ def _ribs(canvas: Canvas, build: Build) -> None:
 def _limb_bones(
     canvas: Canvas, top: Point, middle: Point, end: Point, radii: tuple[float, float, float], cortex: float
 ) -> None:
-    """One bone from ``top`` to ``middle`` and two from there to ``end``, with thicker ends."""
+    """Paint one bone from ``top`` to ``middle`` and two from there to ``end``, with thicker ends."""
     canvas.bone(top, middle, radii[:2], cortex)
     canvas.ball("marrow", top, (radii[0] * 1.25,) * 3, ("muscle", "cortex"))
     canvas.ball("marrow", middle, (radii[1] * 1.3,) * 3, ("muscle", "cortex", "fat"))

@@ -1,5 +1,5 @@
-"""``python -m bundle phantom OUT``: synthetic patients with known anatomy, for tests, tutorials and trying the whole
-chain without data; and a small torso with known HU."""
+"""``python -m bundle phantom OUT``: synthetic patients with known anatomy, for tests, tutorials and trials of the whole
+pipeline without data; and a small torso with known HU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TISSUES = {
 def torso_phantom(
     shape: tuple[int, int, int] = (96, 72, 80), spacing: float = 4.0, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A torso of ellipsoids: body, lungs, liver, spine, ribs.
+    """Make a torso of ellipsoids: body, lungs, liver, spine, ribs.
 
     Returns:
         MR, CT in HU, both (D, H, W) in RAS order, and their affine.
@@ -73,10 +73,10 @@ def torso_phantom(
 def whole_body_phantom(
     height: float = 600.0, spacing: float = 2.0, seed: int | Sequence[int] = 0
 ) -> tuple[MetaTensor, MetaTensor, MetaTensor]:
-    """A whole body whose build, organs, pose, contrast, bias field and noise come from ``seed``.
+    """Make a whole body whose build, organs, pose, contrast, bias field and noise are drawn from ``seed``.
 
     Args:
-        height: in mm; everything scales with it, but for the spacing and the noise.
+        height: in mm; everything scales with it except the spacing and the noise.
         spacing: in mm.
 
     Returns:
@@ -100,7 +100,7 @@ def whole_body_phantom(
 
 
 def _contrast(labels: np.ndarray, values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """``values`` of the tissues with 3 % of texture, blurred by partial volume; (D, H, W) float32."""
+    """Return ``values`` of the tissues with 3 % of texture, blurred by partial volume; (D, H, W) float32."""
     image = values.astype(np.float32)[labels]
     texture = ndimage.gaussian_filter(rng.normal(0, 1, labels.shape).astype(np.float32), 2)
     image = image + np.abs(image) * 0.03 * texture / texture.std() * (labels > 0)
@@ -108,7 +108,7 @@ def _contrast(labels: np.ndarray, values: np.ndarray, rng: np.random.Generator) 
 
 
 def _coils(axes: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """A smooth bias field around 1 that changes by about a tenth along each axis."""
+    """Return a smooth bias field around 1 that changes by about a tenth along each axis."""
     field = np.ones([len(axis) for axis in axes], dtype=np.float32)
     for n, axis in enumerate(axes):
         phase = np.pi * rng.uniform(0.7, 1.5) * (axis - axis[0]) / np.ptp(axis) + rng.uniform(0, 6)
@@ -130,11 +130,11 @@ def phantom(
     ``label.nii.gz`` (CT in HU), ``body.nii.gz``, and ``datalist.json``.
 
     Args:
-        patients: how many; each has its own build, organs, pose and contrast.
-        seed: of all of them; the same seed gives the same patients.
-        height: mean height in mm; small by default, so that the whole chain takes minutes.
+        patients: number of patients; each has its own build, organs, pose and contrast.
+        seed: of all patients; the same seed gives the same patients.
+        height: mean height in mm; small by default, so that the whole pipeline takes minutes.
         spacing: in mm.
-        test, validation: shares of the patients.
+        test, validation: fractions of the patients.
     """
     from bundle.prepare.command import Settings, finish, split_patients, write_datalist, write_pair
 

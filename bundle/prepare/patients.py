@@ -22,7 +22,7 @@ from custom_modules.files import inside, walk
 
 SPLITS = ("training", "validation", "test")
 MASKS = ("mask.mha", "mask.nii.gz")  # of SynthRAD2025 and 2023
-TILT = 0.5  # degrees that the axes of a volume may be off the perpendicular
+TILT = 0.5  # degrees by which the axes of a volume may deviate from perpendicular
 FEWEST_VALUES = 32  # of an image; a mask or a label map has fewer
 
 
@@ -31,10 +31,10 @@ class Patient:
     """One patient to prepare.
 
     Attributes:
-        folder: where the MR and the CT are; the datalist for a patient that comes from one.
+        folder: folder of the MR and the CT; the datalist for a patient from a datalist.
         root: the input; nothing outside it is read.
-        given: paths by ``mr``, ``ct`` and ``mask`` where a layout names them; otherwise the folder is searched.
-        split: of the datalist the patient comes from.
+        given: paths by ``mr``, ``ct`` and ``mask`` if a layout names them; otherwise the folder is searched.
+        split: split of the patient in the datalist.
     """
 
     name: str
@@ -57,17 +57,17 @@ class Source:
 
     @property
     def name(self) -> str:
-        """Of the file, or of the series' folder."""
+        """Name of the file, or of the folder of the series."""
         return self.series.folder.name if self.series else Path(self.path).name
 
     @property
     def modality(self) -> str | None:
-        """Of a DICOM series; None for files, which do not say."""
+        """Modality of a DICOM series; None for other files."""
         return self.series.modality if self.series else None
 
     @property
     def title(self) -> str:
-        """What it is called in messages and notes."""
+        """Name in messages and notes."""
         return self.series.title if self.series else self.name
 
     @property
@@ -78,7 +78,7 @@ class Source:
         return math.prod(grid[0]) if grid else 0
 
     def matches(self, pattern: str, folder: Path) -> bool:
-        """Whether its path below ``folder``, its name or its series description is ``pattern``'s (as a shell's)."""
+        """Whether its path below ``folder``, its name or its series description matches the shell ``pattern``."""
         place = self.series.folder if self.series else Path(self.path)
         names = [str(place.relative_to(folder)), self.name, *([self.series.description] if self.series else [])]
         return any(fnmatch(name, pattern) for name in names)
@@ -88,8 +88,8 @@ class Source:
 
 
 def find_patients(path: str | Path) -> list[Patient]:
-    """The patients of a MONAI datalist (a file, or ``datalist.json`` in a folder), of SynthRAD's folders
-    (``Task1/<region>/<patient>/{mr,ct,mask}.mha`` or ``.nii.gz``), or a folder of patient folders.
+    """Find the patients of a MONAI datalist (a file, or ``datalist.json`` in a folder), of SynthRAD's folders
+    (``Task1/<region>/<patient>/{mr,ct,mask}.mha`` or ``.nii.gz``), or of a folder of patient folders.
 
     Raises:
         InputError: when there are none.
@@ -103,7 +103,7 @@ def find_patients(path: str | Path) -> list[Patient]:
     parents = {mask.parent.parent for name in MASKS for mask in root.rglob(name) if mask.parent != root} or {root}
     folders = sorted(folder for parent in parents for folder in parent.iterdir() if _is_patient(folder))
     if not folders:
-        raise InputError(f"{root}: holds no patient folders; give a folder with one folder a patient, or a datalist")
+        raise InputError(f"{root}: holds no patient folders; give a folder with one folder per patient, or a datalist")
     long = len({folder.name for folder in folders}) < len(folders)
     return [
         Patient("_".join(folder.relative_to(root).parts) if long else folder.name, folder, root) for folder in folders
@@ -111,7 +111,7 @@ def find_patients(path: str | Path) -> list[Patient]:
 
 
 def _is_patient(folder: Path) -> bool:
-    """A folder, or a link that is one or leads nowhere; SynthRAD's ``overview`` holds pictures only."""
+    """Whether ``folder`` is a folder, or a link to one or to nothing; SynthRAD's ``overview`` holds pictures only."""
     hidden = folder.name.startswith(".") or folder.name == "overview"
     return not hidden and (folder.is_dir() or (folder.is_symlink() and not folder.exists()))
 
@@ -121,7 +121,7 @@ def _datalist_patients(datalist: Path) -> list[Patient]:
         content = json.loads(datalist.read_text())
         splits = [split for split, entries in content.items() if isinstance(entries, list) and entries]
     except (ValueError, AttributeError, UnicodeDecodeError) as error:
-        raise InputError(f"{datalist}: is no MONAI datalist ({error})") from error
+        raise InputError(f"{datalist}: is not a MONAI datalist ({error})") from error
     found = load_pairs(datalist, datalist.parent, splits) if splits else {}
     patients: dict[str, Patient] = {}
     for split, pairs in found.items():
@@ -145,16 +145,16 @@ def load_patient(
     """Read a patient's volumes.
 
     Args:
-        mr, ct: shell patterns of file names, folders below the patient's or series descriptions; without them the
-            modality is that of the DICOM header, of files named ``mr.*`` and ``ct.*`` that of their name, and of
-            others decided from their intensities.
+        mr, ct: shell patterns of file names, of folders below the patient's, or of series descriptions. Without them
+            the modality is that in the DICOM header, for files ``mr.*`` and ``ct.*`` that of their name, and for others
+            it is guessed from their intensities.
 
     Returns:
-        ``mr``, ``ct`` and, for a pair that is registered already, ``mask``, each (1, D, H, W); and notes on what was
-        chosen from what.
+        ``mr``, ``ct`` and, for a pair that is registered already, ``mask``, each (1, D, H, W); and notes on the choice
+        of volumes.
 
     Raises:
-        InputError: that names the patient's folder or file and what is wrong with it.
+        InputError: with the patient's folder or file and what is wrong with it.
     """
     if patient.given:
         volumes = {kind: read_volume(path) for kind, path in patient.given.items()}
@@ -180,16 +180,16 @@ def _check_straight(volume: MetaTensor) -> None:
 
 
 def _is_synthrad(mask: Path, volumes: dict[str, MetaTensor]) -> bool:
-    """Whether the volumes lie beside ``mask`` under SynthRAD's names and in its format."""
+    """Whether the volumes are in the folder of ``mask`` with SynthRAD's names and in its format."""
     paths = {kind: Path(volume.meta["filename_or_obj"]) for kind, volume in volumes.items()}
     return all(path == mask.with_name(mask.name.replace("mask", kind)) for kind, path in paths.items())
 
 
 def find_sources(patient: Patient) -> list[Source]:
-    """Every volume file and DICOM series below the patient's folder.
+    """Find every volume file and DICOM series below the patient's folder.
 
     Raises:
-        InputError: for a link that leads out of the input, for DICOM files that are damaged, and for those of more than
+        InputError: for a link that leads out of the input, for damaged DICOM files, and for DICOM files of more than
             one patient.
     """
     files = list(_files(patient))
@@ -205,7 +205,7 @@ def find_sources(patient: Patient) -> list[Source]:
 
 
 def _files(patient: Patient) -> Iterator[Path]:
-    """The files below the patient's folder that can be read, hidden ones left out."""
+    """Yield the readable files below the patient's folder, without hidden ones."""
     root = patient.root.resolve()
     if not patient.folder.resolve().is_relative_to(root) or not patient.folder.exists():
         raise InputError(f"{patient.folder}: is a link out of the input or to nothing; copy what it leads to")
@@ -220,7 +220,7 @@ def _files(patient: Patient) -> Iterator[Path]:
 def _choose(
     patient: Patient, sources: Iterable[Source], patterns: dict[str, str | None]
 ) -> tuple[dict[str, MetaTensor], list[str]]:
-    """The largest MR and the largest CT, read, with a note on each choice that had to be made."""
+    """Read the largest MR and the largest CT, with a note on each choice that had to be made."""
     chosen: dict[str, list[Source]] = {"mr": [], "ct": []}
     cache: dict[str, MetaTensor] = {}
     notes, others = [], []
@@ -229,7 +229,7 @@ def _choose(
         if kind is None and source.modality is None and source.name not in MASKS:
             try:
                 cache[source.path] = read_volume(source.path)
-            except InputError as error:  # of no matter where it is neither the MR nor the CT
+            except InputError as error:  # no problem if it is neither the MR nor the CT
                 notes.append(f"left out: {error}")
                 others.append(source)
                 continue
@@ -253,7 +253,7 @@ def _choose(
 
 
 def _kind(source: Source, folder: Path, patterns: dict[str, str | None]) -> str | None:
-    """``mr`` or ``ct`` by the patterns and the DICOM header, None where neither tells.
+    """Return ``mr`` or ``ct`` by the patterns and the DICOM header, or None if neither tells.
 
     Raises:
         InputError: when a pattern names a series of another modality.
@@ -268,7 +268,7 @@ def _kind(source: Source, folder: Path, patterns: dict[str, str | None]) -> str 
 
 
 def guess_modality(volume: MetaTensor) -> str | None:
-    """``ct`` for values as of Hounsfield units, ``mr`` for others, None for a mask or a label map."""
+    """Return ``ct`` for values like Hounsfield units, ``mr`` for others, None for a mask or a label map."""
     low, high = float(volume.min()), float(volume.max())
     if low < -150 and high - low > 300:
         return "ct"
@@ -277,7 +277,7 @@ def guess_modality(volume: MetaTensor) -> str | None:
 
 
 def check_modality(volume: MetaTensor, kind: str) -> None:
-    """Raise InputError where the intensities contradict ``kind``, ``mr`` or ``ct``."""
+    """Raise InputError if the intensities contradict ``kind``, ``mr`` or ``ct``."""
     name, guess = volume.meta["filename_or_obj"], guess_modality(volume)
     low, high = float(volume.min()), float(volume.max())
     if kind == "mr" and guess == "ct":
@@ -286,6 +286,6 @@ def check_modality(volume: MetaTensor, kind: str) -> None:
         raise InputError(f"{name}: should be the MR, but has so few different values that it is a mask")
     if kind == "ct" and guess != "ct":
         raise InputError(
-            f"{name}: should be the CT, but {low:g} to {high:g} are no Hounsfield units; apply the rescale slope "
-            "and intercept"
+            f"{name}: should be the CT, but {low:g} to {high:g} are not Hounsfield units; apply the rescale "
+            "slope and intercept"
         )

@@ -1,4 +1,4 @@
-"""The CT brought onto the MR's grid: rigid, then B-spline, by mutual information with Elastix (Klein et al. 2010)."""
+"""Registration of the CT to the MR: rigid, then B-spline, by mutual information with Elastix (Klein et al. 2010)."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from custom_modules.evaluation.metrics import dice
 PARAMETERS = Path(__file__).parent / "elastix"
 STAGES = ("none", "rigid", "bspline")
 UNCOVERED = -32768.0  # DefaultPixelValue of the parameter maps
-SURROUND = 12.0  # mm of air around the body that the measures of an alignment see
+SURROUND = 12.0  # mm of air around the body that the measures of an alignment include
 LEAST_OVERLAP = 0.1  # of the MR's body that the CT must cover
 NO_OVERLAP = "MR and CT do not overlap: the CT covers {:.0%} of the MR's body in scanner coordinates"
 BINS = 64
-SEEN_AIR = 4.0  # mm around the body that the metric samples: enough for its outline, the rest of the samples in tissue
-SEEN_HU = (-300.0, 600.0)  # that the bins of the metric span, so that fat and muscle fall in separate ones
-SEEN_MR = 99.5  # percentile in the body; vessels may be much brighter than the rest
-OUTLINE = (0.25, 0.5)  # threshold and smoothing of body_mask: tight, where that for cropping is generous
+SEEN_AIR = 4.0  # mm around the body that the metric samples: enough for its outline, with most samples in tissue
+SEEN_HU = (-300.0, 600.0)  # range of the metric's bins, so that fat and muscle are in separate bins
+SEEN_MR = 99.5  # percentile in the body to which the MR is clipped; vessels may be much brighter than the rest
+OUTLINE = (0.25, 0.5)  # threshold and smoothing of body_mask: tight, while the mask for cropping is generous
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Alignment:
     """A CT on the grid of its MR.
 
     Attributes:
-        stage: how it came there: ``none`` (scanner coordinates), ``rigid`` or ``bspline``.
-        ct: (1, D, H, W) HU, air where the CT does not reach.
-        covered: (D, H, W), where it does.
-        transform: Elastix' maps from points of the MR to points of the CT.
+        stage: kind of the registration: ``none`` (scanner coordinates), ``rigid`` or ``bspline``.
+        ct: (1, D, H, W) HU, air beyond the field of view of the CT.
+        covered: (D, H, W), mask of that field of view.
+        transform: Elastix' parameter maps, from points of the MR to points of the CT.
     """
 
     stage: str
@@ -59,14 +59,14 @@ def register(
 
     Args:
         body: (D, H, W) mask of the MR's body.
-        stage: the last of :data:`STAGES` to go to.
+        stage: the last one of :data:`STAGES` to run.
         parameters: folder of the parameter maps ``rigid.txt`` and ``bspline.txt``.
 
     Returns:
-        An :class:`Alignment` for each stage, ``none`` first; each is one linear interpolation of ``ct`` as given.
+        An :class:`Alignment` for each stage, ``none`` first; each is a single linear interpolation of ``ct``.
 
     Raises:
-        InputError: when less than a tenth of the body lies in the CT, or Elastix cannot register them.
+        InputError: when the CT covers less than a tenth of the body, or Elastix cannot register them.
     """
     fixed, moving = (metatensor_to_itk_image(volume, channel_dim=0) for volume in (mr, ct))
     before = _align("none", _identity(fixed), moving, mr)
@@ -89,16 +89,16 @@ def register(
 
 
 def crop_around(ct: MetaTensor, mr: MetaTensor, margin: float = 60.0) -> MetaTensor:
-    """The part of ``ct`` within ``margin`` mm of the box of ``mr``, both (1, D, H, W) on any grids.
+    """Crop ``ct`` to what is within ``margin`` mm of the bounding box of ``mr``, both (1, D, H, W) on any grids.
 
     Raises:
-        InputError: when there is none.
+        InputError: when nothing is left.
     """
     corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(mr.shape[1:]) - 1)
     to_ct = np.linalg.inv(ct.affine) @ np.asarray(mr.affine)
     points = nib.affines.apply_affine(to_ct, corners)
     reach = margin / np.asarray(ct.pixdim)
-    start = np.floor(np.maximum(points.min(0) - reach, 0) + 1e-3).astype(int)  # to the rounding of headers
+    start = np.floor(np.maximum(points.min(0) - reach, 0) + 1e-3).astype(int)  # tolerance for rounded headers
     end = np.ceil(np.minimum(points.max(0) + reach + 1, ct.shape[1:]) - 1e-3).astype(int)
     if (end - start < 2).any():
         raise InputError(NO_OVERLAP.format(0))
@@ -123,7 +123,7 @@ def _elastix(fixed: Any, moving: Any, mask: Any, files: Sequence[Path]) -> Any:
 
 
 def _identity(fixed: Any) -> Any:
-    """The transform that leaves scanner coordinates as they are, on the grid of ``fixed``."""
+    """Return the identity transform of scanner coordinates, on the grid of ``fixed``."""
     transform = itk.ParameterObject.New()
     transform.AddParameterMap({
         "Transform": ["TranslationTransform"],
@@ -145,7 +145,7 @@ def _identity(fixed: Any) -> Any:
 
 
 def _grid(image: Any) -> dict[str, list[str]]:
-    """The grid of ``image`` in a transform's parameter map."""
+    """Return the grid of ``image`` as in the parameter map of a transform."""
     return {
         "Size": [str(n) for n in itk.size(image)],
         "Index": ["0", "0", "0"],
@@ -157,7 +157,7 @@ def _grid(image: Any) -> dict[str, list[str]]:
 
 
 def on_grid(alignment: Alignment, ct: MetaTensor, grid: MetaTensor) -> Alignment:
-    """``alignment`` of ``ct`` on another grid of the MR, such as the one it was scanned on."""
+    """Resample ``ct`` by ``alignment`` on another grid of the MR, such as the one on which it was scanned."""
     transform = itk.ParameterObject.New()
     for number in range(alignment.transform.GetNumberOfParameterMaps()):
         texts = dict(alignment.transform.GetParameterMap(number))
@@ -182,7 +182,7 @@ def _align(stage: str, transform: Any, moving: Any, mr: MetaTensor) -> Alignment
 
 
 def displacement(transform: Any, moving: Any) -> np.ndarray:
-    """Where ``transform`` sends each point of the MR's grid, less the point itself: (3, D, H, W) in RAS mm."""
+    """Return the displacement of each point of the MR's grid by ``transform``, (3, D, H, W) in RAS mm."""
     method = _transformix(transform, moving)
     method.ComputeDeformationFieldOn()
     with tempfile.TemporaryDirectory() as folder:  # transformix writes the field to a file too
@@ -197,13 +197,13 @@ def _mask_image(mask: np.ndarray, like: MetaTensor) -> Any:
 
 
 def surround(body: np.ndarray, like: MetaTensor, reach: float = SURROUND) -> np.ndarray:
-    """``body`` widened by ``reach`` mm, so that its outline counts too."""
+    """Widen ``body`` by ``reach`` mm, so that it includes its outline."""
     return ndimage.distance_transform_edt(~body, sampling=np.asarray(like.pixdim)) <= reach
 
 
 def mutual_information(mr: np.ndarray, ct: np.ndarray, mask: np.ndarray) -> float:
     """Mutual information of MR and CT over ``mask`` in nats, from a histogram of 64 x 64 bins between percentiles 0.5
-    and 99.5; NaN where the mask is empty."""
+    and 99.5; NaN if the mask is empty."""
     if not mask.any():
         return float("nan")
     a, b = (np.clip(v[mask], *np.percentile(v[mask], (0.5, 99.5))) for v in (mr, ct))
@@ -215,14 +215,14 @@ def mutual_information(mr: np.ndarray, ct: np.ndarray, mask: np.ndarray) -> floa
 
 
 def body_dice(mr: np.ndarray, ct: np.ndarray, region: np.ndarray) -> float:
-    """Overlap within ``region`` of the bodies in MR and CT (HU), both outlined about where they are half air."""
+    """Dice overlap within ``region`` of the bodies in MR and CT (HU), both outlined where they are about half air."""
     outlines = body_mask(mr, *OUTLINE), fill_holes_by_slice(largest_opened(ct > -300))
     return dice(*(outline & region for outline in outlines))
 
 
 def measure(alignments: Mapping[str, Alignment], mr: MetaTensor, body: np.ndarray) -> dict[str, dict[str, float]]:
-    """Body Dice and mutual information of each alignment, over the same voxels: those around the body that the CT
-    covers in all of them."""
+    """Compute body Dice and mutual information of each alignment over the same voxels: those in and around the body
+    that the CT covers in all alignments."""
     region = surround(body, mr)
     for alignment in alignments.values():
         region = region & alignment.covered
@@ -234,8 +234,8 @@ def measure(alignments: Mapping[str, Alignment], mr: MetaTensor, body: np.ndarra
 def measure_motion(
     alignments: Mapping[str, Alignment], stage: str, ct: MetaTensor, body: np.ndarray
 ) -> dict[str, float]:
-    """How far ``stage`` moved the CT: median rigid shift and largest deformation beyond it in mm, and the share of the
-    body that is folded (Jacobian determinant <= 0)."""
+    """Measure how far ``stage`` moved the CT: median rigid shift and largest further deformation in mm, and the
+    fraction of the body that is folded (Jacobian determinant <= 0)."""
     motion = {"shift": 0.0, "deformation": 0.0, "folded": 0.0}
     if stage == "none":
         return motion
@@ -251,7 +251,8 @@ def measure_motion(
 
 
 def jacobian(transform: Any, moving: Any) -> np.ndarray:
-    """Determinant of the transform's spatial Jacobian on the MR's grid, (D, H, W): 1 keeps volume, <= 0 folds."""
+    """Return the determinant of the transform's spatial Jacobian on the MR's grid, (D, H, W): 1 preserves volume, <= 0
+    folds."""
     method = _transformix(transform, moving)
     method.ComputeDeterminantOfSpatialJacobianOn()
     with tempfile.TemporaryDirectory() as folder:

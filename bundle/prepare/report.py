@@ -1,4 +1,4 @@
-"""What came of each patient, to look at: overlays of MR and CT before and after, and a page of all of them."""
+"""Report on the prepared patients: overlays of MR and CT before and after registration, and an HTML page."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ COLUMNS = {
 
 
 def overlay(mr: np.ndarray, columns: Mapping[str, np.ndarray], path: str | Path, title: str = "") -> Path:
-    """Write a PNG: the MR with the outlines of each CT (skin blue, bone yellow), and the last CT itself; a row a plane.
+    """Write a PNG: the MR with the outlines of each CT (skin blue, bone yellow), and the last CT itself; one row per
+    plane.
 
     Args:
-        mr: (D, H, W) in RAS order on an isotropic grid; the CTs (HU) too.
-        columns: title to CT.
+        mr: (D, H, W) in RAS order on an isotropic grid, as the CTs (HU).
+        columns: CT by title.
     """
     last = list(columns.values())[-1]
     centre = most_bone(last)
@@ -71,19 +72,19 @@ def overlay(mr: np.ndarray, columns: Mapping[str, np.ndarray], path: str | Path,
 
 
 def most_bone(ct: np.ndarray) -> tuple[int, int, int]:
-    """The axial, coronal and sagittal planes that cut most bone, as (sagittal, coronal, axial) indices."""
+    """Return the planes with the most bone, as (sagittal, coronal, axial) indices."""
     bone = ct > BONE_HU
     counts = [bone.sum(axis=tuple(a for a in range(3) if a != axis)) for axis in range(3)]
     return tuple(int(c.argmax()) if c.any() else len(c) // 2 for c in counts)  # type: ignore[return-value]
 
 
 def page(rows: Sequence[Mapping[str, Any]], limits: str) -> str:
-    """The report as HTML.
+    """Return the report as HTML.
 
     Args:
         rows: for each patient ``patient``, ``state`` (its split, or why it was left out or failed), ``used``, ``notes``
-            and the measures of :data:`COLUMNS` as far as there are any.
-        limits: what the measures were held against, as text.
+            and the available measures of :data:`COLUMNS`.
+        limits: limits of the measures, as text.
     """
     used = sum(row["used"] for row in rows)
     table = "".join(f"<th>{escape(title)}</th>" for title, _ in COLUMNS.values())
@@ -96,7 +97,7 @@ def page(rows: Sequence[Mapping[str, Any]], limits: str) -> str:
 
 
 def _row(row: Mapping[str, Any]) -> str:
-    """One line of the table."""
+    """Return one row of the table."""
     name = row["patient"]
     cells = [escape(form.format(row[key])) if key in row else "" for key, (_, form) in COLUMNS.items()]
     link = f"<a href='#{quote(name)}'>{escape(name)}</a>"
@@ -104,7 +105,7 @@ def _row(row: Mapping[str, Any]) -> str:
 
 
 def _patient(row: Mapping[str, Any]) -> str:
-    """Heading, notes and picture of one patient."""
+    """Return heading, notes and picture of one patient."""
     name = row["patient"]
     notes = "".join(f"<p>{escape(note)}</p>" for note in row["notes"])
     source = f"{quote(name)}/overlay.png"

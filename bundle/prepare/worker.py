@@ -1,5 +1,5 @@
-"""Imported once by the server that patients' processes are forked from: ITK loads its parts on first use, which takes
-seconds and would otherwise be paid for each patient."""
+"""Imported once by the server from which the processes of patients are forked: ITK loads its parts on first use, which
+would otherwise take seconds for each patient."""
 
 from __future__ import annotations
 

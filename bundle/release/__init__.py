@@ -1,1 +1,1 @@
-"""Handing the bundle out: weights, exports, the verified archive."""
+"""Releases of the bundle: weights, exports, the verified archive."""

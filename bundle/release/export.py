@@ -34,7 +34,7 @@ class Encoder(nn.Module):
     def __init__(self, network: Synthesizer) -> None:
         super().__init__()
         self.network = copy.deepcopy(network)
-        del self.network.denoiser, self.network.autoencoder.decoder  # a program carries every weight of its module
+        del self.network.denoiser, self.network.autoencoder.decoder  # a program contains every weight of its module
 
     def forward(self, image: Tensor) -> Tensor:
         return self.network.encode(image, "MR")
@@ -68,14 +68,14 @@ OUTPUTS = {"encoder": "latent", "denoiser": "prediction", "decoder": "ct"}
 
 
 def example(part: str, network: Synthesizer) -> tuple[tuple[Tensor, ...], dict[str, dict[int, Any]]]:
-    """Random inputs of ``part`` and which of their axes may change: batch and size, the latter in multiples of what the
-    part divides by, from two of them on. For the denoiser these are the windows of its attention, since a graph knows
-    nothing of windows that the end of a volume cuts."""
+    """Return random inputs of ``part`` and their dynamic axes: batch and size. Sizes are multiples, by at least two, of
+    what the part divides by. For the denoiser this is the window of its attention, because a graph has no windows that
+    are cut off at the end of a volume."""
     f, unit, c = network.autoencoder.downsampling, network.downsampling, network.autoencoder.latent_channels
     unit = {"encoder": unit, "decoder": unit // f, "denoiser": network.denoiser.window}[part]
     channels = {"encoder": 1, "decoder": c, "denoiser": 2 * c}[part]
     batch = Dim("batch", min=1)
-    # from 2 on, for a single one is a case apart
+    # at least 2, because torch.export treats a size of one unit as a special case
     axes = {n: unit * Dim(axis, min=2) for n, axis in enumerate(("depth", "height", "width"), start=2)}
     x = torch.randn(2, channels, *[2 * unit] * 3)
     if part == "denoiser":
@@ -85,20 +85,21 @@ def example(part: str, network: Synthesizer) -> tuple[tuple[Tensor, ...], dict[s
 
 @torch.no_grad()
 def export_part(part: str, network: Synthesizer) -> ExportedProgram:
-    """``torch.export`` of a part in single precision."""
+    """Export a part with ``torch.export`` in single precision."""
     inputs, dynamic = example(part, network)
-    with fx_config.patch(backed_size_oblivious=True):  # else programs refuse a batch of 1 that the example did not have
+    with fx_config.patch(backed_size_oblivious=True):  # otherwise programs refuse a batch of 1, unlike the example's
         return torch.export.export(PARTS[part](network).eval(), inputs, dynamic_shapes=dynamic)
 
 
 def export(output: str, mr: str | None = None, config: str | Sequence[str] = (), **settings: Any) -> None:
-    """Write ``encoder``, ``denoiser`` and ``decoder``, each as ``.onnx`` and ``.pt2``, and ``export.json``, which says
-    what they were made from and what goes in and out. Each ONNX is compared with PyTorch in ONNX Runtime, on the middle
-    window of an MR as inference prepares it, its latent and the answer, in batches of one and two and in another size.
+    """Write ``encoder``, ``denoiser`` and ``decoder``, each as ``.onnx`` and ``.pt2``, and ``export.json``, which
+    describes their source, inputs and outputs. Each ONNX file is compared with PyTorch in ONNX Runtime: on the middle
+    window of an MR as inference prepares it, on its latent and on the result, for batches of one and two and for two
+    sizes.
 
     Args:
-        output: folder; holds all of them or none.
-        mr: the MR; a phantom when None.
+        output: folder; it receives all of the files or none.
+        mr: the MR for the comparison; a phantom when None.
         config: overlay on configs/inference.yaml for another network.
         settings: of configs/inference.yaml, such as --checkpoint.
 
@@ -142,14 +143,14 @@ def export(output: str, mr: str | None = None, config: str | Sequence[str] = (),
 
 
 def phantom_mr(folder: Path) -> str:
-    """The MR of a torso phantom, written to ``folder``."""
+    """Write the MR of a torso phantom to ``folder`` and return its path."""
     volume, _, affine = torso_phantom()
     nib.save(nib.Nifti1Image(volume, affine), folder / "mr.nii.gz")
     return str(folder / "mr.nii.gz")
 
 
 def middle_window(image: Tensor, network: Synthesizer) -> Tensor:
-    """What is in the middle of an MR (1, D, H, W): (1, 1, d, h, w), of two windows of the denoiser's attention a side."""
+    """Crop the middle of an MR (1, D, H, W) to (1, 1, d, h, w), two windows of the denoiser's attention per side."""
     size = 2 * network.denoiser.window * network.autoencoder.downsampling
     padded, _ = pad_to_windows(convert_to_tensor(image, track_meta=False)[None], [size] * 3, network.downsampling)
     starts = [(length - size) // 2 for length in padded.shape[2:]]
@@ -158,7 +159,7 @@ def middle_window(image: Tensor, network: Synthesizer) -> Tensor:
 
 @torch.no_grad()
 def inputs_from(window: Tensor, part: str, network: Synthesizer) -> list[tuple[Tensor, ...]]:
-    """What the road gives a part for an MR window: one of it, and two of twice the depth."""
+    """Return the inputs that a part gets in inference for an MR window: a batch of one, and two of twice the depth."""
     last = network.schedule.num_train_timesteps - 1
     z_mr = network.encode(window, "MR")
     noise = torch.randn(z_mr.shape, generator=torch.Generator().manual_seed(0))
@@ -176,7 +177,7 @@ def inputs_from(window: Tensor, part: str, network: Synthesizer) -> list[tuple[T
 
 
 def describe(network: Synthesizer) -> dict[str, Any]:
-    """What a runtime has to know beside the graphs: HU window, the sampler's schedule, the latent scale they hold."""
+    """Return what a runtime needs in addition to the graphs: HU window, the sampler's schedule and the latent scale."""
     betas = network.schedule.betas
     return {
         "hu_window": network.hu_window.tolist(),
@@ -184,7 +185,7 @@ def describe(network: Synthesizer) -> dict[str, Any]:
         "size_unit": network.downsampling,
         "prediction": network.schedule.prediction,
         "linear_betas": {"first": float(betas[0]), "last": float(betas[-1]), "timesteps": len(betas)},
-        # the encoder's answers are normalised by the first, the decoder takes latents normalised by the second
+        # the encoder's results are normalised by that of MR, the decoder's inputs by that of CT
         "latent_mean": dict(zip(MODALITIES, network.latent_mean.tolist())),
         "latent_std": dict(zip(MODALITIES, network.latent_std.tolist())),
         "parts": {},
@@ -192,7 +193,7 @@ def describe(network: Synthesizer) -> dict[str, Any]:
 
 
 def signature(path: Path) -> dict[str, Any]:
-    """Names and shapes of an ONNX file's inputs and outputs; a free axis is a name or an expression."""
+    """Return the names and shapes of an ONNX file's inputs and outputs; a dynamic axis is a name or an expression."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -204,13 +205,13 @@ def signature(path: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def difference(part: str, path: Path, network: Synthesizer, batches: Sequence[tuple[Tensor, ...]]) -> float:
-    """Largest absolute difference between ONNX Runtime and PyTorch over ``batches``."""
+    """Return the largest absolute difference between ONNX Runtime and PyTorch over ``batches``."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names, reference = [i.name for i in session.get_inputs()], PARTS[part](network)
     errors = []
     for inputs in batches:
-        (answer,) = session.run(None, {name: x.contiguous().numpy() for name, x in zip(names, inputs)})
-        errors.append(float((torch.from_numpy(answer) - reference(*inputs)).abs().max()))
+        (output,) = session.run(None, {name: x.contiguous().numpy() for name, x in zip(names, inputs)})
+        errors.append(float((torch.from_numpy(output) - reference(*inputs)).abs().max()))
     return max(errors)

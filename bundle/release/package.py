@@ -1,4 +1,6 @@
-"""``python -m bundle package``: the bundle as one archive for the model zoo, built from a commit and verified alone."""
+"""``python -m bundle package``: the bundle as an archive for the model zoo, built from a commit and verified on its
+own.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +21,17 @@ from bundle.workflow import ROOT
 from custom_modules.errors import InputError
 from custom_modules.files import sha256, writable_or_stop
 
-# of the phantoms: a slab of a torso, so that a step with the whole networks takes seconds
+# of the phantoms: a slab of a torso, so that a step with networks of full size takes seconds
 PHANTOM: dict[str, Any] = {"shape": (40, 30, 8), "spacing": 8.0}
 SPLITS = {"training": 2, "validation": 1, "test": 1}
 
 
 def package(output: str = "dist", schema: str | None = None, root: str = str(ROOT)) -> None:
-    """Build ``OUTPUT/<name>_v<version>.zip`` of the committed files, the same bytes from the same commit, and verify it
-    unpacked in an empty folder by a process that sees nothing else of the repository.
+    """Build ``OUTPUT/<name>_v<version>.zip`` from the committed files, with identical bytes for the same commit. Verify
+    it in an empty folder by a process that cannot import anything else of the repository.
 
     Args:
-        output: folder; an archive that fails a check is not left in it.
+        output: folder; an archive that fails a check is removed.
         schema: a copy of MONAI's metadata schema; by default it is fetched from the address in the metadata.
         root: the repository.
 
@@ -39,8 +41,11 @@ def package(output: str = "dist", schema: str | None = None, root: str = str(ROO
     if schema is not None and not Path(schema).is_file():
         raise InputError(f"{schema}: no such schema")
     folder = Path(writable_or_stop(output))
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".package") as beside, tempfile.TemporaryDirectory() as scratch:
-        archive = build(Path(root), Path(beside))
+    with (
+        tempfile.TemporaryDirectory(dir=folder, prefix=".package") as staging,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
+        archive = build(Path(root), Path(staging))
         print(f"{archive.name}: {archive.stat().st_size / 1e6:.1f} MB, being verified")
         log = folder / f"{archive.stem}.log"
         try:
@@ -54,10 +59,10 @@ def package(output: str = "dist", schema: str | None = None, root: str = str(ROO
 
 
 def git(root: Path, *arguments: str) -> str:
-    """The output of a git command in ``root``; local settings do not change what an archive holds.
+    """Return the output of a git command in ``root``, independent of local git settings.
 
     Raises:
-        InputError: when git is not there or refuses.
+        InputError: when git is not installed or fails.
     """
     environment = {**os.environ, "TZ": "UTC", "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
     try:
@@ -70,16 +75,16 @@ def git(root: Path, *arguments: str) -> str:
 
 
 def build(root: Path, folder: Path) -> Path:
-    """The archive of HEAD in ``folder``, everything below one folder of the bundle's name, as the zoo unpacks it.
-    Order, times (the commit's) and permissions are those of ``git archive``.
+    """Build the archive of HEAD in ``folder``. All files are in one folder with the bundle's name, as the zoo expects;
+    order, times (of the commit) and permissions are those of ``git archive``.
 
     Raises:
-        InputError: where something that belongs into it is not committed.
+        InputError: if something that belongs into it is not committed.
     """
     changed = git(root, "status", "--porcelain", "--", *verification.PARTS).splitlines()
     if changed:
         names = ", ".join(line[3:] for line in changed)
-        raise InputError(f"{root}: {names} not committed as they are; an archive is built from a commit")
+        raise InputError(f"{root}: {names} not committed; an archive is built from a commit")
     metadata = json.loads(git(root, "show", "HEAD:configs/metadata.json"))
     archive = folder / f"{metadata['name']}_v{metadata['version']}.zip"
     options = ["--format=zip", "-9", f"--prefix={metadata['name']}/", f"--output={archive.resolve()}"]
@@ -88,7 +93,7 @@ def build(root: Path, folder: Path) -> Path:
 
 
 def phantoms(folder: Path) -> Path:
-    """Phantom pairs and their datalist, for the workflows to run on."""
+    """Write phantom pairs and their datalist, on which the workflows are run."""
     entries: dict[str, list[dict[str, str]]] = {}
     names = [(split, f"{split}{n}") for split, count in SPLITS.items() for n in range(count)]
     for seed, (split, name) in enumerate(names):
@@ -102,8 +107,8 @@ def phantoms(folder: Path) -> Path:
 
 
 def verify(archive: Path, scratch: Path, log: Path, schema: Path | None = None) -> None:
-    """Unpack ``archive`` and run :mod:`bundle.release.verification` there; its lines are printed as they come, what the
-    workflows say goes to ``log``.
+    """Unpack ``archive`` and run :mod:`bundle.release.verification` there. Its lines are printed at once; messages of
+    the workflows go to ``log``.
 
     Raises:
         InputError: for the first check that fails.

@@ -1,4 +1,4 @@
-"""``python -m bundle ship CHECKPOINT``: a training's result as the bundle's weights."""
+"""``python -m bundle ship CHECKPOINT``: use the result of a training as the weights of the bundle."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bundle.workflow import ROOT
 from custom_modules.files import write_text
 from custom_modules.networks.weights import read_weights, save_weights
 
-LIMIT = 25 * 10**6  # bytes; the model zoo takes no larger file
+LIMIT = 25 * 10**6  # bytes; the model zoo accepts no larger file
 
 
 def ship(
@@ -21,7 +21,7 @@ def ship(
     """Make the result of a training the weights of the bundle, with the statistics that belong to them.
 
     Writes the weights in half precision to OUTPUT and their SHA-256 to OUTPUT.sha256 and, given the training data,
-    ``calibration.json`` (validation split) and ``guard.json`` (training split) beside them.
+    ``calibration.json`` (validation split) and ``guard.json`` (training split) in the same folder.
 
     Args:
         dataset_dir: folder that the datalist's paths are relative to.
@@ -33,7 +33,7 @@ def ship(
     write_text(f"{digest}  {Path(output).name}\n", output + ".sha256")
     print(f"{output}: {size / 1e6:.1f} MB, SHA-256 {digest}")
     if size > LIMIT:
-        print(f"warning: larger than the {LIMIT / 1e6:.0f} MB that the model zoo takes")
+        print(f"warning: larger than the {LIMIT / 1e6:.0f} MB that the model zoo accepts")
     folder = Path(output).parent
     if dataset_dir is None:
         old = [name for name in ("calibration.json", "guard.json") if (folder / name).is_file()]

@@ -1,5 +1,5 @@
-"""What a packaged bundle has to pass, by what it holds alone: run in the unpacked archive, this file imports nothing of
-the repository.
+"""Checks that a packaged bundle must pass on its own: this file runs in the unpacked archive and imports nothing of the
+repository.
 
     cd UNPACKED && python -E -P .../bundle/release/verification.py DATA SCRATCH [SCHEMA]
 """
@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any, cast
 
 PARTS = ("LICENSE", "configs", "custom_modules", "docs", "models")
-LIMIT = 25 * 10**6  # bytes; the model zoo takes no larger file
+LIMIT = 25 * 10**6  # bytes; the model zoo accepts no larger file
 REQUIRED = (
     "schema", "version", "changelog", "monai_version", "pytorch_version", "numpy_version", "required_packages_version",
     "task", "description", "authors", "copyright", "data_source", "intended_use", "eval_metrics",
 )  # fmt: skip
 TENSOR = ("type", "format", "num_channels", "spatial_shape", "dtype", "value_range")
 INFERENCE, METADATA = "configs/inference.yaml", "configs/metadata.json"
-# one step of each stage, with the networks as they are; single precision, for bfloat16 gradients of crops this small
-# can be NaN on CPUs with AMX
+# one step of each stage, with networks of full size; in single precision, because bfloat16 gradients of crops this
+# small can be NaN on CPUs with AMX
 STEP = {
     "roi_size": [32, 32, 32], "amp": False, "batch_size": 2, "steps_per_epoch": 1, "max_epochs": 1, "val_interval": 1,
 }  # fmt: skip
@@ -41,7 +41,7 @@ WORKFLOWS = ("inference", "train", "train+train_autoencoder", "train+finetune", 
 
 
 class Failure(Exception):
-    """A check that the archive does not pass; the message is one line."""
+    """A check failed; the message is one line."""
 
 
 def files(root: Path) -> list[Path]:
@@ -49,20 +49,20 @@ def files(root: Path) -> list[Path]:
 
 
 def check_contents(root: Path) -> str:
-    """The parts of a bundle and nothing else, no file above the model zoo's limit."""
+    """Check that there are the parts of a bundle and nothing else, and no file above the limit of the model zoo."""
     parts = sorted(path.name for path in root.iterdir())
     if parts != sorted(PARTS):
         raise Failure(f"holds {', '.join(parts)}; it should be {', '.join(PARTS)}")
     for path in files(root):
         if path.stat().st_size > LIMIT:
             size = path.stat().st_size / 1e6
-            raise Failure(f"{path.relative_to(root)} has {size:.1f} MB, the model zoo takes {LIMIT / 1e6:.0f}")
+            raise Failure(f"{path.relative_to(root)} has {size:.1f} MB, the model zoo accepts {LIMIT / 1e6:.0f}")
     return f"{len(files(root))} files, the largest {max(p.stat().st_size for p in files(root)) / 1e6:.1f} MB"
 
 
 def check_weights(root: Path) -> str:
-    """``models/model.pt`` has the SHA-256 beside it, what was measured with it names the same, and no ``.pt`` has a
-    shorter name, which MONAI Label would load in its place."""
+    """Check that ``models/model.pt`` has the recorded SHA-256, which the statistics made with it also name, and that no
+    ``.pt`` has a shorter name, which MONAI Label would load instead."""
     models = root / "models"
     digest = hashlib.sha256((models / "model.pt").read_bytes()).hexdigest()
     recorded = {"models/model.pt.sha256": (models / "model.pt.sha256").read_text().split()[0]}
@@ -78,8 +78,8 @@ def check_weights(root: Path) -> str:
 
 
 def check_metadata(root: Path, schema: Path | None, scratch: Path) -> str:
-    """``metadata.json`` against its schema: ``schema``, or fetched from where the metadata say; where it cannot be
-    fetched the keys that MONAI's schema and the model zoo ask for are looked for, and the answer says so."""
+    """Check ``metadata.json`` against its schema: ``schema``, or the one at the address in the metadata. If that is not
+    available, only the keys that MONAI's schema and the model zoo require are checked, and the result says so."""
     from monai.bundle import verify_metadata
 
     metadata = json.loads((root / METADATA).read_text())
@@ -98,7 +98,7 @@ def check_metadata(root: Path, schema: Path | None, scratch: Path) -> str:
         verify_metadata(meta_file=str(root / METADATA), filepath=str(schema or fetched))
     except OSError as error:  # urllib's too
         if schema is None and not fetched.exists():
-            return f"required keys only, its schema was not to be had: {error}"
+            return f"required keys only, its schema is not available: {error}"
         raise
     finally:
         socket.setdefaulttimeout(None)
@@ -106,7 +106,7 @@ def check_metadata(root: Path, schema: Path | None, scratch: Path) -> str:
 
 
 def check_data_shape() -> str:
-    """``network_def`` answers a tensor of the documented input with one of the documented output."""
+    """Check that ``network_def`` maps a tensor of the documented input to one of the documented output."""
     from monai.bundle import verify_net_in_out
 
     verify_net_in_out("network_def", meta_file=METADATA, config_file=INFERENCE, device="cpu")
@@ -114,7 +114,7 @@ def check_data_shape() -> str:
 
 
 def settings_of(name: str, scratch: Path) -> dict[str, Any]:
-    """A stage's own settings, the weights that it starts from among them."""
+    """Return the settings of a stage, including the weights that it starts from."""
     own = STAGES.get(name, {})
     return {key: str(scratch / value) if str(value).endswith(".pt") else value for key, value in own.items()}
 
@@ -124,7 +124,7 @@ def config_files(name: str) -> list[str]:
 
 
 def check_properties(data: Path, scratch: Path) -> str:
-    """MONAI's property check of every workflow."""
+    """Run MONAI's property check of every workflow."""
     from monai.bundle import ConfigWorkflow
 
     for name in WORKFLOWS:
@@ -143,14 +143,14 @@ def check_properties(data: Path, scratch: Path) -> str:
 
 
 def run(name: str, output: Path, **settings: Any) -> None:
-    """``monai.bundle run`` of a config, or of overlays joined by ``+``, on the CPU."""
+    """Run a config, or overlays joined by ``+``, with ``monai.bundle`` on the CPU."""
     import monai.bundle
 
     monai.bundle.run(config_file=config_files(name), output_dir=str(output), device="$torch.device('cpu')", **settings)
 
 
 def check_inference(data: Path, scratch: Path) -> str:
-    """A phantom with the shipped weights: int16 HU on the grid of the MR."""
+    """Synthesise the CT of a phantom with the shipped weights; it must be int16 HU on the grid of the MR."""
     import nibabel as nib
     import numpy as np
 
@@ -167,7 +167,7 @@ def check_inference(data: Path, scratch: Path) -> str:
 
 
 def check_stage(name: str, data: Path, scratch: Path) -> str:
-    """One step of a training stage: finite, and its weights are there."""
+    """Run one step of a training stage, which must leave weights."""
     run(name, scratch / name, dataset_dir=str(data), **STEP, **settings_of(name, scratch))
     weights = [path.name for path in (scratch / name).glob("*.pt")]
     if not {"autoencoder.pt", "model.pt"} & set(weights):
@@ -176,13 +176,13 @@ def check_stage(name: str, data: Path, scratch: Path) -> str:
 
 
 def check_evaluation(data: Path, scratch: Path) -> str:
-    """Scores of a phantom."""
+    """Score a phantom."""
     run("evaluate", scratch / "scores", dataset_dir=str(data), split="test")
     return f"{len((scratch / 'scores' / 'metrics.csv').read_text().splitlines()) - 1} rows"
 
 
 def check_loading(root: Path) -> str:
-    """``monai.bundle.load`` gives the network with the weights, from the folder that the archive unpacks to."""
+    """Check that ``monai.bundle.load`` loads the network with its weights from the unpacked folder."""
     import torch
     from monai.bundle import load
 
@@ -192,12 +192,12 @@ def check_loading(root: Path) -> str:
     network = load(root.name, model=Synthesizer(), bundle_dir=str(root.parent), device="cpu")
     for key, value in read_weights(root / "models" / "model.pt")[0].items():
         if not torch.equal(network.state_dict()[key], value.float()):
-            raise Failure(f"{key} is not what models/model.pt holds")
+            raise Failure(f"{key} differs from models/model.pt")
     return ""
 
 
 def check_alone(root: Path) -> str:
-    """Nothing of the repository has been used."""
+    """Check that nothing of the repository has been imported."""
     import custom_modules
 
     if Path(custom_modules.__file__).parents[1] != root or "bundle" in sys.modules:
@@ -206,7 +206,7 @@ def check_alone(root: Path) -> str:
 
 
 def checks(root: Path, data: Path, scratch: Path, schema: Path | None) -> dict[str, Callable[[], str]]:
-    """Name to check, the quick ones first."""
+    """Return the checks by name, the quick ones first."""
     return {
         "contents": lambda: check_contents(root),
         "weights": lambda: check_weights(root),
@@ -217,12 +217,12 @@ def checks(root: Path, data: Path, scratch: Path, schema: Path | None) -> dict[s
         **{f"a step of {name}": partial(check_stage, name, data, scratch) for name in STAGES},
         "evaluate": lambda: check_evaluation(data, scratch),
         "properties": lambda: check_properties(data, scratch),
-        "stands alone": lambda: check_alone(root),
+        "imports": lambda: check_alone(root),
     }
 
 
 def main(data: str, scratch: str, schema: str | None = None) -> int:
-    """Check the bundle in the working directory; a line a check, and the exit 1 at the first that fails."""
+    """Check the bundle in the working directory: one line per check, and exit status 1 at the first that fails."""
     root = Path.cwd()
     sys.path.insert(0, str(root))  # as `python -m monai.bundle` does
     sys.dont_write_bytecode = True

@@ -1,1 +1,1 @@
-"""What the compared systems add to the networks of MONAI."""
+"""Additions to MONAI's networks for the systems that 3D-WLDM is compared with."""

@@ -27,8 +27,9 @@ class ConditionalDiffusion(nn.Module):
     """MR to CT by a diffusion model of images or of latents, in 2D or 3D.
 
     ``condition`` says how the MR enters: ``concat``, as a further channel of the noisy image; ``crossattn``, as tokens
-    of its latent and their positions, to which the U-Net attends (Rombach et al. 2022); ``controlnet``, through a copied
-    encoder that reads the MR itself (Zhang et al. 2023); ``none``, not at all, as the model that a ControlNet extends.
+    of its latent and their positions, to which the U-Net attends (Rombach et al. 2022); ``controlnet``, through a
+    copied encoder that reads the MR itself (Zhang et al. 2023); ``none``, not at all, as the model that a ControlNet
+    extends.
 
     Args:
         unet: MONAI's ``DiffusionModelUNet``.
@@ -113,9 +114,9 @@ class ConditionalDiffusion(nn.Module):
 
 
 def add_controlnet(network: ConditionalDiffusion, path: str) -> ConditionalDiffusion:
-    """Load the weights in ``path``, of the same diffusion model without a ControlNet, into ``network``, freeze them, and
-    copy its encoder into the ControlNet, whose zero convolutions are kept (Zhang et al. 2023). Ends the program if that
-    fails."""
+    """Load the weights in ``path``, of the same diffusion model without a ControlNet, into ``network``, freeze them,
+    and copy its encoder into the ControlNet, whose zero convolutions are kept (Zhang et al. 2023). Ends the program if
+    that fails."""
     controlnet, network.controlnet = network.controlnet, None
     assert controlnet is not None, "a network without a ControlNet"
     load_weights_or_stop(network, path)
@@ -126,8 +127,8 @@ def add_controlnet(network: ConditionalDiffusion, path: str) -> ConditionalDiffu
 
 
 class NoiseLoss(nn.Module):
-    """L2 between predicted and true noise, or velocity, over latent voxels in which at most one image voxel in twenty is
-    invalid (:func:`~custom_modules.training.losses.valid_voxels`)."""
+    """L2 between predicted and true noise, or velocity, over latent voxels in which at most one image voxel in twenty
+    is invalid (:func:`~custom_modules.training.losses.valid_voxels`)."""
 
     def forward(self, output: tuple[Tensor, Tensor], valid: Tensor) -> Tensor:
         prediction, noise = output

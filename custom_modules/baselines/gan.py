@@ -77,7 +77,8 @@ class UnpairedPrepareBatch(PrepareBatch):
 
 
 class CycleLoss(nn.Module):
-    """Least squares of both discriminators + L1 cycle consistency (10) + L1 identity (5), each summed over MR and CT."""
+    """Least squares of both discriminators + L1 cycle consistency (10) + L1 identity (5), each summed over MR and
+    CT."""
 
     def __init__(self, adversary: Adversary, cycle_weight: float = 10.0, identity_weight: float = 5.0) -> None:
         super().__init__()

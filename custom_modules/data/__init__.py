@@ -1,1 +1,1 @@
-"""Volumes in and out, bodies, Hounsfield units, transforms and training pairs."""
+"""Reading and writing volumes, body masks, Hounsfield units, transforms and training pairs."""

@@ -1,7 +1,7 @@
-"""DICOM series: which there are, and reading one as a volume. Inference, ``prepare`` and the label app read by this.
+"""Finding DICOM series and reading them as volumes, for inference, ``prepare`` and the label app.
 
-A series is addressed by the path of its folder where that holds no other, by the path of its file where it has but one,
-and otherwise by ``FOLDER#<SeriesInstanceUID>``; a series whose slices lie in several folders below FOLDER, by
+The address of a series is the path of its folder if that holds no other, the path of its file if it has only one, and
+otherwise ``FOLDER#<SeriesInstanceUID>``. If its slices lie in several folders below FOLDER, it is
 ``FOLDER#<SeriesInstanceUID>*``.
 """
 
@@ -59,11 +59,11 @@ NO_IMAGES = (
     "REG",
     "DOC",
     "FID",
-)  # modalities made from images
+)  # modalities that are derived from images
 SUFFIXES = (".dcm", ".ima", ".dicom")
-DENSEST = 2000  # voxels a byte, of a slice of air
+DENSEST = 2000  # voxels per byte, of a slice of air
 HEAD = 132  # bytes of the preamble and the magic word after it (PS3.10)
-DAMAGED = "is a DICOM file that cannot be read, damaged or cut off; replace or remove it"
+DAMAGED = "is a DICOM file that cannot be read, damaged or truncated; replace or remove it"
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ class DicomSeries:
     """The files of one SeriesInstanceUID.
 
     Attributes:
-        folder: that holds them all.
-        address: how it is called as a path, see above.
+        folder: common folder of all files.
+        address: see above.
         patient: PatientID.
-        slices: frames, or files.
+        slices: number of frames, or of files.
         size: rows, columns.
-        damaged: what is wrong with DICOM files beside it, which may be slices of it.
+        damaged: what is wrong with other DICOM files in its folders, which may be slices of it.
     """
 
     folder: Path
@@ -93,7 +93,7 @@ class DicomSeries:
 
     @property
     def title(self) -> str:
-        """What it is called in messages."""
+        """Name in messages."""
         number = f" {self.number}" if self.number else ""
         name = f" {self.description}" if self.description else ""
         return f"{self.modality or 'DICOM'} series{number}{name} ({self.slices} slices)"
@@ -104,7 +104,9 @@ class DicomSeries:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM by its first bytes, with the standard's preamble or, as older scanners write, without."""
+    """Whether a file is DICOM by its first bytes, with the preamble of the standard or, as from older scanners,
+    without.
+    """
     with path.open("rb") as file:
         head = file.read(HEAD)
     if head[128:] == b"DICM":
@@ -116,20 +118,21 @@ def is_dicom(path: Path) -> bool:
 
 
 def _is_remnant(path: Path, slices: Sequence[Path]) -> bool:
-    """Whether a file that is not DICOM seems to have been: by its suffix, or by an empty file's or a preamble's zeros."""
+    """Whether a file that is not DICOM seems to be a damaged one: by its suffix, or because it is empty or starts with
+    zeros as a preamble does."""
     if path.suffix.lower() in SUFFIXES:
         return True
     with path.open("rb") as file:
         head = file.read(HEAD)
-    known = path.suffix in {other.suffix for other in slices}
-    return known and not any(head[:128])
+    suffix_of_slices = path.suffix in {other.suffix for other in slices}
+    return suffix_of_slices and not any(head[:128])
 
 
 def find_series(source: str | Path | Iterable[Path]) -> list[DicomSeries]:
-    """The series of images among files, or directly in a folder, by SeriesInstanceUID and nothing else.
+    """Find the series of images among files, or directly in a folder, by SeriesInstanceUID only.
 
-    Reports, segmentations, dose, presentation states and ``DICOMDIR`` are no images. DICOM files that cannot be read are
-    named in ``damaged`` of each series in their folder, and where there is none, of a series without files.
+    Reports, segmentations, dose, presentation states and ``DICOMDIR`` are not images. DICOM files that cannot be read
+    are listed in ``damaged`` of each series in their folder, or of a series without files if there is none.
     """
     files = sorted(Path(source).iterdir()) if isinstance(source, (str, Path)) else sorted(source)
     files = [
@@ -168,8 +171,8 @@ def find_series(source: str | Path | Iterable[Path]) -> list[DicomSeries]:
 
 
 def join_series(series: Sequence[DicomSeries]) -> list[DicomSeries]:
-    """Series of several folders, those of one UID as one where each folder holds slices of its own; folders with slices
-    at the same positions hold copies or time points, and stay series of their own."""
+    """Join series of the same UID in several folders if each folder holds different slices. Folders with slices at the
+    same positions hold copies or time points, and remain separate series."""
     groups: dict[str, list[DicomSeries]] = defaultdict(list)
     for one in series:
         groups[one.uid].append(one)
@@ -183,12 +186,12 @@ def join_series(series: Sequence[DicomSeries]) -> list[DicomSeries]:
 
 
 def _rank(series: DicomSeries) -> tuple[str, int, str]:
-    """Series are listed by folder and number."""
+    """Sort key of series: folder, then number."""
     return str(series.folder), int("0" + re.sub(r"\D", "", series.number)), series.uid
 
 
 def _are_parts(parts: Sequence[DicomSeries]) -> bool:
-    """Whether the positions of all slices are known and none is in two of the parts."""
+    """Whether the headers give the positions of all slices and no position is in two of the parts."""
     taken: set[tuple[float, ...]] = set()
     for part in parts:
         try:
@@ -203,22 +206,22 @@ def _are_parts(parts: Sequence[DicomSeries]) -> bool:
 
 
 def _header(path: Path, names: Sequence[str]) -> Dataset:
-    """The elements ``names`` of a DICOM header.
+    """Read the elements ``names`` of a DICOM header.
 
     Raises:
-        InputError: for a header that is damaged or cut off.
+        InputError: for a header that is damaged or truncated.
     """
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(names))
         for name in names:
-            header.get(name)  # values are parsed when they are asked for
-    except Exception as error:  # pydicom raises whatever damaged values lead to
+            header.get(name)  # values are parsed on access
+    except Exception as error:  # damaged values lead to errors of any type in pydicom
         raise InputError(f"{path}: {DAMAGED}") from error
     return header
 
 
 def _is_image(header: Dataset, path: Path) -> bool:
-    """Raises InputError for a header that ends before it says what it is of."""
+    """Whether a header is that of an image. Raises InputError for one that is too short to tell."""
     kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
     if kind == MediaStorageDirectoryStorage:
         return False
@@ -235,7 +238,7 @@ def _is_image(header: Dataset, path: Path) -> bool:
 def _series(
     uid: str, members: list[tuple[Path, Dataset]], damaged: dict[Path, list[str]], uids: dict[Path, set[str]]
 ) -> DicomSeries:
-    """A series of ``members``; ``damaged`` and ``uids`` tell what else is in their folders."""
+    """Make a series of ``members``; ``damaged`` and ``uids`` describe what else is in their folders."""
     paths, headers = zip(*members)
     folder = Path(os.path.commonpath([path.parent for path in paths]))
     below = any(path.parent != folder for path in paths)
@@ -255,7 +258,7 @@ def _series(
 
 
 def split_address(path: str | Path) -> tuple[Path, str | None]:
-    """Path and SeriesInstanceUID of an address of a series; the UID is None for any other path."""
+    """Split the address of a series into path and SeriesInstanceUID; the UID is None for any other path."""
     folder, mark, uid = str(path).rpartition("#")
     if mark and re.fullmatch(r"[\d.]+\*?", uid) and not Path(path).exists():
         return Path(folder), uid
@@ -269,10 +272,10 @@ def is_series(path: str | Path) -> bool:
 
 
 def series_at(path: str | Path) -> DicomSeries:
-    """The series that ``path`` addresses.
+    """Return the series at the address ``path``.
 
     Raises:
-        InputError: where there is none, or several in the folder.
+        InputError: if there is none, or several in the folder.
     """
     place, uid = split_address(path)
     if not place.exists():
@@ -294,7 +297,7 @@ def series_at(path: str | Path) -> DicomSeries:
 
 
 def read_slices(series: DicomSeries, name: str) -> list[Slice]:
-    """The slices of a series in the order of the volume, by their headers; exact copies count once.
+    """Return the slices of a series in the order of the volume, by their headers; exact copies count once.
 
     Args:
         name: of the series in messages.
@@ -317,7 +320,7 @@ def read_slices(series: DicomSeries, name: str) -> list[Slice]:
 
 
 def _without_copies(group: list[Slice]) -> list[Slice]:
-    """Slices at one position, without those that differ from an earlier one in nothing that shows."""
+    """Return the slices at one position without copies: those with the pixels and tags of an earlier one."""
     if len(group) == 1:
         return group
     kept: list[Slice] = []
@@ -333,11 +336,11 @@ def _without_copies(group: list[Slice]) -> list[Slice]:
 
 
 def read_series(series: DicomSeries, name: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Read a series as (columns, rows, slices) float32, each slice by its own slope and intercept, and its affine (RAS
-    mm).
+    """Read a series as (columns, rows, slices) float32, each slice with its own slope and intercept, and its affine
+    (RAS mm).
 
     Raises:
-        InputError: see :func:`read_slices`, and for pixels that are cut off or cannot be decoded.
+        InputError: see :func:`read_slices`, and for pixels that are truncated or cannot be decoded.
     """
     slices = read_slices(series, name or series.address)
     _check_size(slices, name or series.address)
@@ -347,7 +350,7 @@ def read_series(series: DicomSeries, name: str | None = None) -> tuple[np.ndarra
         frames = read_frames(path)
         for place, item in places:
             if frames.shape[1:] != (rows, columns) or item.frame >= len(frames):
-                raise InputError(f"{path}: its pixels are not those that its header tells of; replace it")
+                raise InputError(f"{path}: its pixels do not match its header; replace it")
             with np.errstate(all="ignore"):
                 volume[place] = frames[item.frame] * np.float64(item.slope) + np.float64(item.intercept)
     return volume.transpose(2, 1, 0), slice_affine(slices)
@@ -362,7 +365,7 @@ def _check_size(slices: Sequence[Slice], name: str) -> None:
 
 
 def series_grid(series: DicomSeries) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
-    """Shape (columns, rows, slices) and spacing (mm) by the headers alone."""
+    """Return shape (columns, rows, slices) and spacing (mm) from the headers only."""
     slices = [item for path in series.paths for item in slices_of(path, _header(path, PLACE))]
     _check_size(slices, series.address)
     normal = np.cross(*slices[0].orientation)

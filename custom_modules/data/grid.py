@@ -1,4 +1,4 @@
-"""Grids: whether two volumes share one, and the way back to the one of the input."""
+"""Grids: comparing those of two volumes, and resampling back to the grid of the input."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from typing import Any
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import (
-    MapTransform,
-    SpatialResample,
-)
+from monai.transforms import MapTransform, SpatialResample
 from monai.utils import convert_to_tensor
 
 from custom_modules.errors import InputError
@@ -27,20 +24,21 @@ def same_grid(one: MetaTensor, other: MetaTensor) -> bool:
 
 
 def check_same_grid(volume: MetaTensor, reference: MetaTensor, advice: str = "") -> None:
-    """Raise InputError, with ``advice`` at its end, unless both volumes share one grid (:func:`same_grid`)."""
+    """Raise InputError, ending in ``advice``, unless both volumes share one grid (:func:`same_grid`)."""
     if not same_grid(volume, reference):
         names = [item.meta["filename_or_obj"] for item in (volume, reference)]
         raise InputError(f"{names[0]}: its grid is not that of {names[1]}{advice and '; ' + advice}")
 
 
 class RestoreGridd(MapTransform):
-    """Resample ``keys`` once, from the grid of ``source`` back to the grid it was read on.
+    """Resample ``keys`` once, from the grid of ``source`` back to the grid on which it was read.
 
-    Voxels beyond the outermost samples take the nearest one: a field of view that cuts through the body ends in
-    tissue, not in air. The grid is filled slab by slab, for resampling needs several times the memory of what it fills.
+    Voxels beyond the outermost samples take the nearest value, so that a field of view that cuts through the body ends
+    in tissue, not in air. The grid is filled slab by slab, because resampling needs several times the memory of its
+    result.
 
     Args:
-        slab_voxels: of a slab, about.
+        slab_voxels: approximate number of voxels in a slab.
     """
 
     def __init__(
@@ -61,14 +59,14 @@ class RestoreGridd(MapTransform):
         return data
 
     def _restore(self, volume: MetaTensor, affine: torch.Tensor, shape: Sequence[int]) -> MetaTensor:
-        answer = torch.empty(len(volume), *shape)
+        result = torch.empty(len(volume), *shape)
         thickness = min(max(2, self.slab_voxels // (shape[1] * shape[2])), shape[0])  # PyTorch needs two planes
         for start in range(0, shape[0], thickness):
             start = min(start, shape[0] - thickness)
-            slab, moved = answer[:, start : start + thickness], affine.clone()
+            slab, moved = result[:, start : start + thickness], affine.clone()
             moved[:3, 3] += start * affine[:3, 0]
             slab.copy_(self.resample(volume, dst_affine=moved, spatial_size=slab.shape[1:]).as_tensor())
-        return MetaTensor(answer, affine=affine)
+        return MetaTensor(result, affine=affine)
 
 
 class SameGridd(MapTransform):

@@ -1,4 +1,4 @@
-"""Which volumes there are: in a file, a folder, a list of paths or a datalist; and where their synthetic CTs go."""
+"""Finding the volumes in a file, a folder, a list of paths or a datalist, and naming their synthetic CTs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from custom_modules.data.dicom import DicomSeries, find_series, is_dicom, join_series, series_at, split_address
-from custom_modules.data.volumes import EXTENSIONS, _extension, beside, input_of
+from custom_modules.data.volumes import EXTENSIONS, _extension, input_of, sibling_path
 from custom_modules.errors import InputError, stop
 from custom_modules.files import walk
 
@@ -23,8 +23,8 @@ Item = dict[str, str]
 LISTS = (".txt", ".csv", ".json")
 HEADINGS = ("image", "images", "path", "paths", "file", "filename", "mr", "input")  # of the first column of a CSV
 OTHER_FORMATS = (
-    ".nhdr", ".mhd", ".mgz", ".mgh", ".img", ".img.gz", ".hdr", ".gipl", ".gipl.gz", ".mnc", ".par", ".rec", ".vtk", ".vti",
-    ".nii.bz2", ".nii.xz", ".nii.zst", ".zip", ".7z", ".rar", ".tar", ".tar.gz", ".tgz",
+    ".nhdr", ".mhd", ".mgz", ".mgh", ".img", ".img.gz", ".hdr", ".gipl", ".gipl.gz", ".mnc", ".par", ".rec", ".vtk",
+    ".vti", ".nii.bz2", ".nii.xz", ".nii.zst", ".zip", ".7z", ".rar", ".tar", ".tar.gz", ".tgz",
 )  # fmt: skip
 
 
@@ -34,25 +34,26 @@ def find_volumes(
     """List the volumes that ``path`` names.
 
     Args:
-        path: a volume; a folder of volumes and DICOM series, with its sub-folders; the address of a DICOM series
-            (:mod:`custom_modules.data.dicom`); a list of such paths, ``.txt`` (one a line) or ``.csv`` (the first
-            column); or a MONAI datalist, ``.json`` (``image`` of each entry). Paths in a list are relative to it.
-        strict: raise where there is nothing; otherwise the list is empty.
-        series: take DICOM series of this UID, number or description (a shell pattern) and nothing else.
-        pattern: take what has this name, or path below the folder (a shell pattern), and nothing else.
+        path: a volume; a folder, which is searched recursively for volumes and DICOM series; the address of a DICOM
+            series (:mod:`custom_modules.data.dicom`); a list of such paths, ``.txt`` (one per line) or ``.csv`` (the
+            first column); or a MONAI datalist, ``.json`` (``image`` of each entry). Paths in a list are relative to it.
+        strict: raise an error if there is no volume; otherwise the list is empty.
+        series: take only DICOM series of this UID, number or description (a shell pattern).
+        pattern: take only volumes of this name, or path below the folder (a shell pattern).
 
-    Synthetic CTs with their record beside them, hidden files and folders and ``__MACOSX`` are left out. Linked folders
-    are followed once. Files in formats that are not read are named in a warning. What cannot be opened (a link to
-    nothing, a pipe, a file without permission) is listed, for whoever reads it to say what is wrong with it.
+    Synthetic CTs that have their record, hidden files and folders, and ``__MACOSX`` are left out. Linked folders are
+    followed once. Files in unsupported formats are named in a warning. What cannot be opened (a broken link, a pipe, a
+    file without permission) is listed, so that reading it reports what is wrong.
 
     Returns:
-        For each volume ``image``, what to read, and ``output``, where its synthetic CT goes below the output folder,
-        another one for each: ``a.nii.gz`` becomes ``a_sct.nii.gz``; where ``a.mha`` lies beside it, that becomes
-        ``a_mha_sct.mha``. A DICOM series becomes NIfTI under its folder's name, with its number and description where
-        the folder holds several.
+        For each volume ``image``, the path to read, and ``output``, the unique path of its synthetic CT below the
+        output
+        folder: ``a.nii.gz`` becomes ``a_sct.nii.gz``; if there is an ``a.mha`` too, that becomes ``a_mha_sct.mha``. A
+        DICOM series becomes NIfTI with the name of its folder, and with its number and description if the folder holds
+        several.
 
     Raises:
-        InputError: when nothing is there, or nothing that can be read.
+        InputError: when there is no volume, or none that can be read.
     """
     try:
         found = _find(path)
@@ -66,7 +67,7 @@ def find_volumes(
     return [{"image": image, "output": output} for (image, _), output in zip(chosen, _outputs(chosen))]
 
 
-# what there is: for each path its name, without extension and below the output folder, and its series if it is one
+# finding: for each path its name, without extension and below the output folder, and its series if it is one
 
 Found = dict[str, tuple[Path, DicomSeries | None]]
 
@@ -109,28 +110,28 @@ def _in_folder(root: Path) -> Found:
         alone = one.address == str(one.folder)
         parent = one.folder.relative_to(root).parent
         found[one.address] = (parent / (name if alone else f"{name}_{_series_name(one)}"), one)
-    _tell(root, others, [one for one in series if "#" in one.address])
+    _log_findings(root, others, [one for one in series if "#" in one.address])
     if not found and others:
         listed = ", ".join(path.name for path in others[:5])
         raise InputError(
-            f"{root}: holds no volume that is read ({', '.join(EXTENSIONS)}, DICOM), only {listed}; convert it"
+            f"{root}: holds no volume that can be read ({', '.join(EXTENSIONS)}, DICOM), only {listed}; convert it"
         )
     return found
 
 
-def _tell(root: Path, others: Sequence[Path], several: Sequence[DicomSeries]) -> None:
-    """Log what is not read, and the series of folders that hold several."""
+def _log_findings(root: Path, others: Sequence[Path], several: Sequence[DicomSeries]) -> None:
+    """Log the files that are not read, and the series of folders that hold several."""
     if others:
         names = ", ".join(str(path.relative_to(root)) for path in others[:20])
         more = f" and {len(others) - 20} more" if len(others) > 20 else ""
-        logger.warning("%s: not read, for want of a reader: %s%s; convert them to NIfTI", root, names, more)
+        logger.warning("%s: not read, because no reader supports them: %s%s; convert them to NIfTI", root, names, more)
     for folder in dict.fromkeys(one.folder for one in several):
         listed = "; ".join(one.title for one in several if one.folder == folder)
         logger.info("%s: holds several DICOM series: %s; --series chooses", folder, listed)
 
 
 def _in_list(path: Path) -> Found:
-    """The volumes of a list of paths; one that is not there is listed too."""
+    """Find the volumes of a list of paths; missing ones are listed too."""
     try:
         entries = _datalist(path) if path.suffix.lower() == ".json" else _lines(path)
     except (OSError, ValueError) as error:
@@ -149,7 +150,7 @@ def _in_list(path: Path) -> Found:
         except InputError:
             inner = {}
         if not inner:
-            inner = {entry: (Path(_stem(Path(entry).name)), None)}  # whoever reads it says what is wrong
+            inner = {entry: (Path(_stem(Path(entry).name)), None)}  # reading it reports what is wrong
         nested = len(inner) > 1 or (Path(entry).is_dir() and str(entry) not in inner)
         for image, (name, series) in inner.items():
             found[image] = (parent / (Path(entry).name if nested else "") / name, series)
@@ -165,7 +166,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _datalist(path: Path) -> list[str]:
-    """``image`` of every entry of every split."""
+    """Return ``image`` of every entry of every split."""
     content = json.loads(path.read_text(encoding="utf-8-sig"))
     splits = content.values() if isinstance(content, dict) else [content]
     entries = [entry for split in splits if isinstance(split, list) for entry in split]
@@ -174,12 +175,12 @@ def _datalist(path: Path) -> list[str]:
 
 
 def is_own_output(path: Path) -> bool:
-    """Whether a volume is a synthetic CT or its standard deviation: their record lies beside it."""
+    """Whether a volume is a synthetic CT or its standard deviation, because its record lies in the same folder."""
     stem = _stem(path.name)
     return any(input_of(path.with_name(name)) for name in (stem, stem.removesuffix("_sd")))
 
 
-# which of them, and what their synthetic CTs are called
+# choosing among them, and naming their synthetic CTs
 
 
 def _choose(found: Found, path: str | Path, series: str | int | None, pattern: str | None) -> list[tuple[str, Path]]:
@@ -200,7 +201,7 @@ def _choose(found: Found, path: str | Path, series: str | int | None, pattern: s
 
 
 def _outputs(chosen: Iterable[tuple[str, Path]]) -> list[str]:
-    """A name of its own for each, which does not depend on the order of files beside it."""
+    """Return a unique name for each, which does not depend on the order of the files."""
     chosen = list(chosen)
     ranks = {image: EXTENSIONS.index(_extension(image) or EXTENSIONS[0]) for image, _ in chosen}
     taken: set[str] = set()
@@ -217,11 +218,11 @@ def _outputs(chosen: Iterable[tuple[str, Path]]) -> list[str]:
 
 
 def _stem(name: str) -> str:
-    return beside(name, "", "").name if _extension(name) else name
+    return sibling_path(name, "", "").name if _extension(name) else name
 
 
 def _series_name(series: DicomSeries) -> str:
-    """Number and description as a file's name can hold them."""
+    """Return number and description as characters that a file name may have."""
     text = f"{series.number}_{series.description}" if series.description else series.number or series.uid
     return re.sub(r"[^\w.+-]+", "_", text).strip("_.")[:80] or "series"
 
@@ -229,7 +230,7 @@ def _series_name(series: DicomSeries) -> str:
 def require_volumes(
     found: Sequence[Mapping[str, str]], path: str | Path, series: str | int | None = None, pattern: str | None = None
 ) -> None:
-    """End the program with one line that says why, where :func:`find_volumes` found nothing in ``path``."""
+    """End the program with one line that says why, if :func:`find_volumes` found nothing in ``path``."""
     if not found:
         try:
             find_volumes(path, series=series, pattern=pattern)

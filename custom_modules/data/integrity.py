@@ -1,7 +1,7 @@
-"""Whether a NIfTI, NRRD or MetaImage file holds all that its header tells of, before its voxels are read.
+"""Check that a NIfTI, NRRD or MetaImage file holds all that its header promises, before its voxels are read.
 
-The libraries that read them fill up with zeros what is short, do not look at checksums, and reserve whatever memory a
-header asks for. So the header is held against the size of the file, and compressed data against their checksum.
+The libraries that read them fill missing voxels with zeros, ignore checksums, and allocate as much memory as a header
+asks for. Therefore the header is compared with the size of the file, and compressed data with their checksum.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from custom_modules.errors import InputError
 
 HEADER_LIMIT = 2**20  # bytes of a text header
 BLOCK = 2**20
-DAMAGED = "is damaged or cut off; copy it again"
+DAMAGED = "is damaged or truncated; copy it again"
 META_TYPES = {
     "MET_CHAR": 1, "MET_UCHAR": 1, "MET_SHORT": 2, "MET_USHORT": 2, "MET_INT": 4, "MET_UINT": 4, "MET_LONG": 4,
     "MET_ULONG": 4, "MET_LONG_LONG": 8, "MET_ULONG_LONG": 8, "MET_FLOAT": 4, "MET_DOUBLE": 8,
@@ -34,25 +34,23 @@ NRRD_TYPES = {
 
 
 def check_amount(path: Path, found: int, expected: int, spare: int = 0) -> None:
-    """Raise InputError unless ``found`` bytes of voxels are those ``expected``, or up to ``spare`` more."""
+    """Raise InputError unless ``found`` bytes of voxels are as many as ``expected``, or up to ``spare`` more."""
     if found < expected:
         raise InputError(f"{path}: {DAMAGED}; it holds {found} of {expected} bytes of voxels")
     if found > expected + spare:
-        raise InputError(
-            f"{path}: holds {found} bytes of voxels, its header tells of {expected}; correct or replace it"
-        )
+        raise InputError(f"{path}: holds {found} bytes of voxels, its header says {expected}; correct or replace it")
 
 
 def check_nifti(path: Path, offset: int, shape: tuple[int, ...], itemsize: int) -> None:
-    """Hold a ``.nii`` or ``.nii.gz`` against its header: voxels from ``offset`` bytes on, of ``itemsize`` bytes.
+    """Check a ``.nii`` or ``.nii.gz`` against its header: voxels of ``itemsize`` bytes start at ``offset``.
 
     Raises:
-        InputError: where voxels are missing or left over, or the checksum is wrong.
+        InputError: if voxels are missing or left over, or the checksum is wrong.
     """
     expected = math.prod(map(int, shape)) * itemsize
-    spare = max(math.prod(map(int, shape[:2])) * itemsize - 1, 0)  # less than a slice behind the voxels is let pass
+    spare = max(math.prod(map(int, shape[:2])) * itemsize - 1, 0)  # less than a slice after the voxels is tolerated
     if min(shape, default=0) < 1 or offset < 0:
-        raise InputError(f"{path}: its header tells of a volume of shape {tuple(map(int, shape))}; correct it")
+        raise InputError(f"{path}: its header says a shape of {tuple(map(int, shape))}; correct it")
     if path.name.lower().endswith(".gz"):
         with path.open("rb") as file:
             found = _gzip_size(path, file, offset + expected + spare)
@@ -62,7 +60,7 @@ def check_nifti(path: Path, offset: int, shape: tuple[int, ...], itemsize: int) 
 
 
 def _gzip_size(path: Path, file: BinaryIO, limit: int) -> int:
-    """Bytes in a gzip stream, which is read to its checksum; no further than just beyond ``limit``."""
+    """Count the bytes in a gzip stream up to its checksum, but stop just beyond ``limit``."""
     size = 0
     try:
         with gzip.GzipFile(fileobj=file) as stream:
@@ -74,7 +72,7 @@ def _gzip_size(path: Path, file: BinaryIO, limit: int) -> int:
 
 
 def _zlib_size(path: Path, file: BinaryIO, limit: int) -> int:
-    """As :func:`_gzip_size` for a zlib stream, which nothing may follow."""
+    """Count bytes as :func:`_gzip_size` does, in a zlib stream, which must end the file."""
     stream, size = zlib.decompressobj(47), 0  # with the header of zlib or of gzip
     try:
         data = file.read(BLOCK)
@@ -90,7 +88,7 @@ def _zlib_size(path: Path, file: BinaryIO, limit: int) -> int:
 
 
 def _lines(path: Path, file: BinaryIO) -> Iterator[str]:
-    """The lines of a text header, for as long as they are asked for."""
+    """Yield the lines of a text header; raise InputError at its end."""
     while file.tell() < HEADER_LIMIT and (line := file.readline(HEADER_LIMIT)):
         yield line.decode("latin-1").rstrip("\r\n")
     raise InputError(f"{path}: cannot be read, its header is damaged or not what its name says")
@@ -99,13 +97,13 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[str]:
 def _whole_numbers(path: Path, name: str, text: str | None) -> tuple[int, ...]:
     numbers = (text or "").split()
     if not numbers or not all(re.fullmatch(r"[0-9]{1,9}", number) and int(number) for number in numbers):
-        raise InputError(f"{path}: cannot be read, its header has no sound {name} ('{(text or '')[:40]}')")
+        raise InputError(f"{path}: cannot be read, its header has no valid {name} ('{(text or '')[:40]}')")
     return tuple(map(int, numbers))
 
 
-def _one_of(path: Path, name: str, text: str | None, known: tuple[str, ...] | dict[str, int]) -> str:
-    if text is None or text not in known:
-        raise InputError(f"{path}: cannot be read, its header has {name} '{(text or '')[:40]}', which is not read")
+def _one_of(path: Path, name: str, text: str | None, supported: tuple[str, ...] | dict[str, int]) -> str:
+    if text is None or text not in supported:
+        raise InputError(f"{path}: cannot be read, its header has {name} '{(text or '')[:40]}', which is not supported")
     return text
 
 
@@ -113,13 +111,13 @@ def _one_of(path: Path, name: str, text: str | None, known: tuple[str, ...] | di
 
 
 def check_meta(path: Path, voxels: bool = True) -> tuple[int, ...]:
-    """Hold a ``.mha`` against its header and, with ``voxels``, its checksum.
+    """Check a ``.mha`` against its header and, with ``voxels``, its checksum.
 
     Returns:
         The shape, in the file's order of axes.
 
     Raises:
-        InputError: for a header that is damaged, and for voxels that are missing, damaged or in another file.
+        InputError: for a damaged header, and for voxels that are missing, damaged or in another file.
     """
     with path.open("rb") as file:
         header = _meta_fields(path, file)
@@ -128,20 +126,20 @@ def check_meta(path: Path, voxels: bool = True) -> tuple[int, ...]:
             raise InputError(f"{path}: cannot be read, its header has {len(shape)} sizes for NDims {header['NDims']}")
         channels = _whole_numbers(path, "ElementNumberOfChannels", header.get("ElementNumberOfChannels", "1"))[0]
         if channels > 1:
-            raise InputError(f"{path}: has {channels} channels; give one number a voxel")
+            raise InputError(f"{path}: has {channels} channels; give one number per voxel")
         size = META_TYPES[_one_of(path, "ElementType", header.get("ElementType"), META_TYPES)]
         if not _switch(path, header, "BinaryData"):
             raise InputError(f"{path}: holds its voxels as text, which is not supported; save it as binary")
         for name in ("BinaryDataByteOrderMSB", "ElementByteOrderMSB"):
             _switch(path, header, name)
         if header.get("HeaderSize", "0") != "0":
-            raise InputError(f"{path}: has a HeaderSize, which is not supported; save it anew")
+            raise InputError(f"{path}: has a HeaderSize, which is not supported; save it again")
         expected, left = math.prod(shape) * size, path.stat().st_size - file.tell()
         compressed = _switch(path, header, "CompressedData")
-        told = header.get("CompressedDataSize", "nothing")  # without it ITK reads other voxels
-        if compressed and told != str(left):
+        promised = header.get("CompressedDataSize", "nothing")  # without it ITK reads other voxels
+        if compressed and promised != str(left):
             raise InputError(
-                f"{path}: {DAMAGED}; {left} bytes of compressed data are there, its header tells of {told[:20]}"
+                f"{path}: {DAMAGED}; it holds {left} bytes of compressed data, its header says {promised[:20]}"
             )
         if voxels or not compressed:
             check_amount(path, _zlib_size(path, file, expected) if compressed else left, expected)
@@ -163,22 +161,22 @@ def _meta_fields(path: Path, file: BinaryIO) -> dict[str, str]:
 
 
 def _switch(path: Path, header: dict[str, str], name: str) -> bool:
-    known = ("True", "False", "true", "false", "TRUE", "FALSE")
-    return _one_of(path, name, header.get(name, "False"), known).lower() == "true"
+    values = ("True", "False", "true", "false", "TRUE", "FALSE")
+    return _one_of(path, name, header.get(name, "False"), values).lower() == "true"
 
 
 # NRRD
 
 
 def check_nrrd(path: Path, voxels: bool = True) -> tuple[int, ...]:
-    """Hold a ``.nrrd`` against its header and, with ``voxels``, its checksum.
+    """Check a ``.nrrd`` against its header and, with ``voxels``, its checksum.
 
     Returns:
         The shape, in the file's order of axes.
 
     Raises:
-        InputError: for a header that is damaged, for voxels that are missing, damaged or in another file, and for an
-            axis that is none of space unless it has one element.
+        InputError: for a damaged header, for voxels that are missing, damaged or in another file, and for an axis that
+            is not spatial unless it has one element.
     """
     with path.open("rb") as file:
         header = _nrrd_fields(path, file)
@@ -193,7 +191,7 @@ def check_nrrd(path: Path, voxels: bool = True) -> tuple[int, ...]:
         if size > 1:
             _one_of(path, "endian", header.get("endian", "").lower(), ("little", "big"))
         if any(header.get(name, "0") != "0" for name in ("lineskip", "byteskip")):
-            raise InputError(f"{path}: skips lines or bytes before its voxels, which is not supported; save it anew")
+            raise InputError(f"{path}: skips lines or bytes before its voxels, which is not supported; save it again")
         raw = _one_of(path, "encoding", header.get("encoding", "").lower(), ("raw", "gzip", "gz")) == "raw"
         expected, left = math.prod(shape) * size, path.stat().st_size - file.tell()
         if voxels or raw:
@@ -225,6 +223,6 @@ def _check_axes(path: Path, header: dict[str, str], shape: tuple[int, ...]) -> N
         if direction == "none" and size > 1:
             kind = (header.get("kinds", "").split() or ["no kind"] * len(shape))[axis]
             raise InputError(
-                f"{path}: axis {axis + 1} of {len(shape)} is none of space ({kind}, {size} elements); "
-                "give one volume of single numbers"
+                f"{path}: axis {axis + 1} of {len(shape)} is not spatial ({kind}, {size} elements); "
+                "give one volume with one number per voxel"
             )

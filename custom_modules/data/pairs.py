@@ -26,11 +26,12 @@ Pair = dict[str, str]
 def load_pairs(
     datalist: str | Path, base_dir: str | Path, splits: Sequence[str] = ("training", "validation")
 ) -> dict[str, list[Pair]]:
-    """The pairs of ``splits`` of a MONAI datalist: ``image`` (MR), ``label`` (CT) and ``patient``, which is taken from
-    the datalist or else is the image's file name, or its folder where file names repeat (``<patient>/mr.nii.gz``).
+    """Read the pairs of ``splits`` of a MONAI datalist: ``image`` (MR), ``label`` (CT) and ``patient``. Without a
+    ``patient`` in the datalist it is the file name of the image, or its folder if file names repeat
+    (``<patient>/mr.nii.gz``).
 
     Raises:
-        InputError: when the datalist is missing, is no JSON, or has no such split, or an entry lacks a key.
+        InputError: when the datalist is missing, is not JSON or has no such split, or an entry lacks a key.
     """
     if not Path(datalist).is_file():
         raise InputError(f"{datalist}: no such datalist; give --datalist or --dataset_dir")
@@ -38,7 +39,7 @@ def load_pairs(
     for split in splits:
         try:
             entries = load_decathlon_datalist(str(datalist), True, split, base_dir=str(base_dir))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:  # MONAI looks at the first entry
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:  # MONAI inspects the first entry
             raise InputError(f"{datalist}: has no usable split '{split}' ({error})") from error
         for number, entry in enumerate(entries):
             for key in ("image", "label"):
@@ -51,13 +52,13 @@ def load_pairs(
         image = Path(entry["image"])
         stem = next((image.name[: -len(e)] for e in EXTENSIONS if image.name.lower().endswith(e)), image.name)
         patient = Path(str(entry.get("patient", image.parent.name if by_folder else stem)))
-        root = os.path.normpath(base_dir)  # MONAI takes a name for a path where there is a folder of that name
+        root = os.path.normpath(base_dir)  # MONAI takes a name for a path if there is a folder of that name
         entry["patient"] = str(patient.relative_to(root) if patient.is_relative_to(root) else patient)
     return pairs
 
 
 def load_pairs_or_stop(*args: Any, **kwargs: Any) -> dict[str, list[Pair]]:
-    """:func:`load_pairs` for configs: an :class:`InputError` ends the program with its one line."""
+    """Read pairs as :func:`load_pairs` does, for configs: an :class:`InputError` ends the program with its one line."""
     try:
         return load_pairs(*args, **kwargs)
     except InputError as error:
@@ -65,7 +66,8 @@ def load_pairs_or_stop(*args: Any, **kwargs: Any) -> dict[str, list[Pair]]:
 
 
 class DataCheck:
-    """:func:`check_pairs_or_stop` for configs: :meth:`run` it before training; then ``fingerprint`` identifies the data."""
+    """Check of the pairs for configs (:func:`check_pairs_or_stop`). :meth:`run` it before training; then
+    ``fingerprint`` identifies the data."""
 
     def __init__(self, pairs: Mapping[str, Sequence[Pair]], least_patients: int = 1, check_data: bool = True) -> None:
         self.pairs, self.least_patients, self.check_data, self.fingerprint = pairs, least_patients, check_data, ""
@@ -81,11 +83,11 @@ def check_pairs_or_stop(pairs: Mapping[str, Sequence[Pair]], least_patients: int
     no patient (by name in the datalist, file or content) may be in two splits.
 
     Args:
-        least_patients: that the training split must have; the disentanglement loss compares two.
-        check_data: False looks at the datalist only, for large cohorts that have been checked before.
+        least_patients: number that the training split must have; the disentanglement loss compares two.
+        check_data: False checks the datalist only, for large cohorts that have been checked before.
 
     Returns:
-        SHA-256 over all files, the fingerprint of the data; of their names where ``check_data`` is off.
+        SHA-256 over all files, the fingerprint of the data; without ``check_data`` over their names.
     """
     items = [(split, pair) for split, entries in pairs.items() for pair in entries]
     problems = [f"split '{split}' is empty" for split, entries in pairs.items() if not entries]
@@ -110,7 +112,7 @@ def check_pairs_or_stop(pairs: Mapping[str, Sequence[Pair]], least_patients: int
 
 
 def _shared_patients(items: Sequence[tuple[str, Pair]], digests: Sequence[str]) -> list[str]:
-    """A message for each pair whose patient, file or content is in another split too."""
+    """Return a message for each pair whose patient, file or content is in another split too."""
     owner: dict[str, tuple[str, str]] = {}
     problems = []
     for (split, pair), digest in zip(items, digests):
@@ -126,7 +128,7 @@ def _shared_patients(items: Sequence[tuple[str, Pair]], digests: Sequence[str]) 
 
 
 def _inspect(pair: Pair) -> tuple[list[str], str]:
-    """What is wrong with a pair, and the SHA-256 of its two files."""
+    """Return what is wrong with a pair, and the SHA-256 of its two files."""
     volumes, digests = {}, []
     for key in ("image", "label"):
         try:

@@ -1,4 +1,5 @@
-"""The stored pixels of a DICOM file, complete or refused: uncompressed and RLE by pydicom, the rest by ITK."""
+"""Reading the stored pixels of a DICOM file completely or not at all: uncompressed and RLE by pydicom, the rest by
+ITK."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, RLELossless, gen
 
 from custom_modules.errors import InputError
 
-CUT = "is truncated or damaged"
+TRUNCATED = "is truncated or damaged"
 PIXEL_MODULE = (
     "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel",
     "PhotometricInterpretation",
@@ -23,34 +24,34 @@ PIXEL_MODULE = (
 
 
 def read_frames(path: Path) -> np.ndarray:
-    """The stored values of a DICOM file, (frames, rows, columns), before slope and intercept.
+    """Read the stored values of a DICOM file, (frames, rows, columns), before slope and intercept.
 
     Raises:
-        InputError: for pixels that are cut off, damaged, colours, or compressed as nothing here can read.
+        InputError: for pixels that are truncated, damaged or colours, or whose compression is not supported.
     """
     try:
         item = pydicom.dcmread(path, force=True)
         if "PixelData" not in item:
-            raise InputError(f"{path}: {CUT}, it ends before its pixels; replace it")
+            raise InputError(f"{path}: {TRUNCATED}, it ends before its pixels; replace it")
         syntax = item.file_meta.get("TransferSyntaxUID") if hasattr(item, "file_meta") else None
         _check_form(item, path)
         if syntax is not None and syntax.is_compressed and not syntax.is_deflated:
             return _decoded(item, path, syntax)
         _check_length(item, path)
-        if syntax is None:  # as written without a preamble
+        if syntax is None:  # a file without a preamble
             item.file_meta = FileMetaDataset()
             item.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         return _whole(item.pixel_array, item)
     except InputError:
         raise
-    except Exception as error:  # decoders raise whatever damaged pixels lead to
+    except Exception as error:  # damaged pixels lead to errors of any type in decoders
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: {CUT}, its pixels cannot be read ({reason[:120]}); replace it") from error
+        raise InputError(f"{path}: {TRUNCATED}, its pixels cannot be read ({reason[:120]}); replace it") from error
 
 
 def _check_form(item: Dataset, path: Path) -> None:
     if int(item.get("SamplesPerPixel", 1)) != 1:
-        raise InputError(f"{path}: holds colours; give one number a voxel")
+        raise InputError(f"{path}: holds colours; give one number per voxel")
     allocated, stored, high = (
         int(item.BitsAllocated),
         int(item.BitsStored),
@@ -67,22 +68,22 @@ def _check_length(item: Dataset, path: Path) -> None:
     size = int(item.Rows) * int(item.Columns) * int(item.BitsAllocated) // 8 * frames
     found = len(item.PixelData)
     if found < size:
-        raise InputError(f"{path}: {CUT}, {found} of {size} bytes of its pixels are there; replace it")
+        raise InputError(f"{path}: {TRUNCATED}, {found} of {size} bytes of its pixels are there; replace it")
     if found > size + size % 2:
-        raise InputError(f"{path}: holds {found} bytes of pixels, its header tells of {size}; replace it")
+        raise InputError(f"{path}: holds {found} bytes of pixels, its header says {size}; replace it")
 
 
 def _decoded(item: Dataset, path: Path, syntax: pydicom.uid.UID) -> np.ndarray:
-    """The frames of a compressed file."""
+    """Return the frames of a compressed file."""
     count = int(item.get("NumberOfFrames") or 1)
     parts = _encoded_frames(item, count)
     if len(parts) != count:
-        raise InputError(f"{path}: {CUT}, {len(parts)} of {count} frames are there; replace it")
+        raise InputError(f"{path}: {TRUNCATED}, {len(parts)} of {count} frames are there; replace it")
     if syntax == RLELossless:
         return _whole(item.pixel_array, item)
     rows, columns = int(item.Rows), int(item.Columns)
     if rows * columns > 2**26:
-        raise InputError(f"{path}: {rows} x {columns} pixels a slice are not supported")
+        raise InputError(f"{path}: {rows} x {columns} pixels per slice are not supported")
     return np.stack([_by_itk(item, part, syntax, path) for part in parts])
 
 
@@ -97,7 +98,7 @@ def _encoded_frames(item: Dataset, count: int) -> list[bytes]:
 
 
 def _by_itk(item: Dataset, part: bytes, syntax: pydicom.uid.UID, path: Path) -> np.ndarray:
-    """One frame, as a file of its own without slope and intercept, (rows, columns)."""
+    """Decode one frame (rows, columns), written to a separate file without slope and intercept."""
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = MRImageStorage, generate_uid()
     meta.TransferSyntaxUID = syntax
@@ -122,7 +123,7 @@ def _by_itk(item: Dataset, part: bytes, syntax: pydicom.uid.UID, path: Path) -> 
 
 
 def _whole(pixels: np.ndarray, item: Dataset) -> np.ndarray:
-    """(frames, rows, columns), without what lies in the bits above those that are stored."""
+    """Return (frames, rows, columns) without the content of the bits above those that are stored."""
     pixels = pixels.reshape(-1, *pixels.shape[-2:])
     spare = int(item.BitsAllocated) - int(item.BitsStored)
     return (pixels << spare) >> spare if spare else pixels

@@ -1,4 +1,4 @@
-"""Batches of different patients, every draw a function of its place in the run."""
+"""Random batches of different patients, each a function of its position in the run."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ logger = logging.getLogger(__name__)
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed of 32 bits for a tuple of counters, such as (seed, step, position): every draw of a run is a function of
-    where it stands in the run, so that a resumed run draws what the uninterrupted one would have drawn."""
+    """Return one seed of 32 bits for a tuple of counters, such as (seed, step, position). Every random draw is a
+    function of its position in the run, so that a resumed run draws what the uninterrupted one would have drawn."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 class SeededDataset(Dataset):
-    """Another dataset's items, each drawn with its own seed: the key is (index, seed).
+    """Items of another dataset, each drawn with its own seed: the key is (index, seed).
 
     Args:
-        dataset: with a random ``transform``, or itself :class:`~monai.transforms.Randomizable`.
+        dataset: has a random ``transform``, or is itself :class:`~monai.transforms.Randomizable`.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -48,20 +48,20 @@ class SeededDataset(Dataset):
 
 
 class DistinctPatientSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of different patients as (index, seed) keys of a :class:`SeededDataset`; larger volumes come more often
-    (the square root of their voxels).
+    """Batches of different patients as (index, seed) keys of a :class:`SeededDataset`. Larger volumes are drawn more
+    often, in proportion to the square root of their voxels.
 
-    A batch is a function of its number in the run, so that a run resumes anywhere: set ``start``. Batches that make up
-    one optimiser step (``accumulation`` in turn, one a rank) share no patient as long as there are enough.
+    A batch is a function of its number in the run, so that a run can resume anywhere: set ``start``. Batches of one
+    optimiser step (``accumulation`` per rank) share no patient if there are enough.
 
     Args:
-        dataset: with the ``sizes`` of the patients' volumes in voxels, which are read when an epoch starts.
-        batch_size: patients per batch, at least 2 where the disentanglement loss is used.
+        dataset: has the ``sizes`` of the patients' volumes in voxels, which are read when an epoch starts.
+        batch_size: patients per batch, at least 2 with the disentanglement loss.
         batches: batches of this rank per epoch.
         accumulation: batches of a rank that make up one optimiser step.
         rank, world_size: of this process.
 
-    Where there are fewer patients than a batch asks for, batches hold all of them, and the log says so.
+    If there are fewer patients than ``batch_size``, batches hold all of them, and a warning is logged.
     """
 
     def __init__(

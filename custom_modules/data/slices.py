@@ -1,4 +1,4 @@
-"""The slices of a DICOM series: where each lies by its header, and whether together they are one straight volume."""
+"""The slices of a DICOM series: their positions by the headers, and checks that they form one straight volume."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pydicom import Dataset
 
 from custom_modules.errors import InputError
 
-UNEVEN = 0.1  # of the slice spacing: how far a gap may be from it, and a slice from its place on an even grid
-ROUNDING = 0.1  # mm; what headers round positions to is never uneven
+UNEVEN = 0.1  # of the slice spacing: tolerance of a gap, and of a slice's position on an even grid
+ROUNDING = 0.1  # mm; headers round positions, so that smaller differences are never uneven
 SAME_PLACE = 0.01  # mm
 TILT = 0.5  # degrees between the slices' normal and the line through their origins
-# What tells slices at one position apart, in the words of the standard; what varies from slice to slice comes last
+# Attributes that tell slices at one position apart; those that vary from slice to slice come last
 TELLING = (
     "EchoTime", "EffectiveEchoTime", "EchoNumbers", "InversionTime", "FlipAngle", "DiffusionBValue",
     "TemporalPositionIdentifier", "TemporalPositionIndex", "TriggerTime", "NominalCardiacTriggerDelayTime",
@@ -24,7 +24,7 @@ TELLING = (
     "DiffusionGradientOrientation", "AcquisitionTime", "ContentTime",
 )  # fmt: skip
 GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
-FRAME_GROUPS = (  # of enhanced images: where each attribute of a frame is to be found
+FRAME_GROUPS = (  # of enhanced images: sequences with the attributes of a frame
     ("PlanePositionSequence", ("ImagePositionPatient",)),
     ("PlaneOrientationSequence", ("ImageOrientationPatient",)),
     ("PixelMeasuresSequence", ("PixelSpacing",)),
@@ -42,13 +42,13 @@ class Slice:
     """A plane of a series: a file, or a frame of one.
 
     Attributes:
-        frame: its number in the file, from 0.
-        position: of the middle of its first pixel, (3,), mm, LPS.
+        frame: its number in the file, starting at 0.
+        position: centre of its first pixel, (3,), mm, LPS.
         orientation: directions of a row and of a column, (2, 3).
         spacing: between rows and between columns, (2,), mm.
         size: rows, columns.
-        slope, intercept: from stored values to those of the image.
-        tags: what else the header says of it, see :data:`TELLING`.
+        slope, intercept: map stored values to those of the image.
+        tags: further attributes in the header, see :data:`TELLING`.
     """
 
     path: Path
@@ -63,11 +63,10 @@ class Slice:
 
 
 def slices_of(path: Path, header: Dataset) -> list[Slice]:
-    """The slices in a DICOM file by its header: one, or one for each frame of an enhanced image.
+    """Return the slices in a DICOM file by its header: one, or one per frame of an enhanced image.
 
     Raises:
-        InputError: for a header that lacks what places a slice, or holds no numbers there; for mosaics, and for frames
-            without positions.
+        InputError: for a header without a usable position of the slice, for mosaics, and for frames without positions.
     """
     if "MOSAIC" in [str(kind).upper() for kind in _several(header.get("ImageType"))]:
         raise InputError(f"{path}: is a mosaic, all slices of a volume in one picture; convert it to NIfTI (dcm2niix)")
@@ -76,17 +75,17 @@ def slices_of(path: Path, header: Dataset) -> list[Slice]:
     frames = int(header.get("NumberOfFrames") or 1)
     if "PerFrameFunctionalGroupsSequence" not in header:
         if frames > 1:
-            raise InputError(f"{path}: holds {frames} frames without positions; export it as one file a slice")
+            raise InputError(f"{path}: holds {frames} frames without positions; export it as one file per slice")
         return [_slice(path, 0, header, header)]
     groups = header.PerFrameFunctionalGroupsSequence
     if len(groups) != frames:
-        raise InputError(f"{path}: its header tells of {frames} frames and describes {len(groups)}; export it again")
+        raise InputError(f"{path}: its header says {frames} frames and describes {len(groups)}; export it again")
     shared = next(iter(header.get("SharedFunctionalGroupsSequence") or []), Dataset())
     return [_slice(path, n, header, _frame(group, shared)) for n, group in enumerate(groups)]
 
 
 def _frame(group: Dataset, shared: Dataset) -> Dataset:
-    """What the functional groups say of a frame, its own before those that all frames share."""
+    """Return the attributes of a frame by its functional groups; its own take precedence over shared ones."""
     found = Dataset()
     for sequence, names in FRAME_GROUPS:
         items = group.get(sequence) or shared.get(sequence) or []
@@ -114,7 +113,7 @@ def _slice(path: Path, frame: int, header: Dataset, place: Dataset) -> Slice:
     except (TypeError, ValueError) as error:
         raise InputError(f"{which} has a damaged header ({str(error)[:80]}); export it again") from error
     if not all(np.isfinite(values).all() for values in (position, orientation, spacing, [slope, intercept])):
-        raise InputError(f"{which} has positions or a rescale slope that are no numbers; export it again")
+        raise InputError(f"{which} has positions or a rescale slope that are not numbers; export it again")
     if np.abs(orientation @ orientation.T - np.eye(2)).max() > 1e-2:
         raise InputError(f"{which} has an orientation whose two directions are not perpendicular; export it again")
     if slope == 0:
@@ -129,10 +128,10 @@ def _several(value: Any) -> list[Any]:
 
 
 def order_slices(slices: Sequence[Slice], name: str) -> list[list[Slice]]:
-    """The slices along their normal, those at one position together.
+    """Sort the slices along their normal, those at one position together.
 
     Raises:
-        InputError: unless they are parallel, of one size and spacing, and in one stack.
+        InputError: unless they are parallel, of the same size and spacing, and in one stack.
     """
     first = slices[0]
     normals = [np.cross(*item.orientation) for item in slices]
@@ -156,7 +155,7 @@ def order_slices(slices: Sequence[Slice], name: str) -> list[list[Slice]]:
 
 
 def check_single(groups: Sequence[Sequence[Slice]], name: str) -> None:
-    """Raise InputError, which says what tells them apart, where several slices are at one position."""
+    """Raise InputError if several slices are at one position; its message says how they differ."""
     crowded = [group for group in groups if len(group) > 1]
     if not crowded:
         return
@@ -165,18 +164,18 @@ def check_single(groups: Sequence[Sequence[Slice]], name: str) -> None:
     reasons = [f"{tag} ({', '.join(list(values)[:4])}{', ...' * (len(values) > 4)})" for tag, values in found.items()]
     raise InputError(
         f"{name} has {len(crowded[0])} slices at {len(crowded)} of {len(groups)} positions, as echoes and time points "
-        f"do; they differ in {', '.join(reasons[:3])}; export one of them as a series of its own"
+        f"do; they differ in {', '.join(reasons[:3])}; export one of them as a separate series"
     )
 
 
 def _values(groups: Sequence[Sequence[Slice]], tag: str) -> dict[str, None]:
-    """The values of ``tag`` in order, where they differ within a position."""
+    """Return the values of ``tag`` in order, if they differ within a position."""
     found = [[item.tags.get(tag, "none") for item in group] for group in groups]
     return dict.fromkeys(value for values in found if len(set(values)) > 1 for value in values)
 
 
 def check_stack(slices: Sequence[Slice], name: str) -> None:
-    """Raise InputError unless ordered slices, one a position, are evenly spaced along their normal."""
+    """Raise InputError unless ordered slices, one per position, are evenly spaced along their normal."""
     if len(slices) < 2:
         raise InputError(f"{name} is one slice; a volume is needed")
     positions = np.array([item.position for item in slices])
@@ -188,13 +187,14 @@ def check_stack(slices: Sequence[Slice], name: str) -> None:
     if gaps.max() > 1.5 * usual:
         at = int(gaps.argmax())
         raise InputError(
-            f"{name} has gaps of {gaps.min():g} to {gaps.max():g} mm, the widest at {along[at]:.1f} mm along its normal; "
-            "slices are missing or unevenly spaced"
+            f"{name} has gaps of {gaps.min():g} to {gaps.max():g} mm, the widest at {along[at]:.1f} mm along its "
+            "normal; slices are missing or unevenly spaced"
         )
     if np.abs(gaps - usual).max() > allowed or np.abs(along - even).max() > allowed:
         raise InputError(
-            f"{name} has gaps of {gaps.min():g} to {gaps.max():g} mm, and slices up to {np.abs(along - even).max():.2g} mm "
-            f"from an even grid ({allowed:.2g} mm are allowed): unevenly spaced; resample it"
+            f"{name} has gaps of {gaps.min():g} to {gaps.max():g} mm, and slices up to "
+            f"{np.abs(along - even).max():.2g} mm from an even grid ({allowed:.2g} mm are allowed): unevenly spaced; "
+            "resample it"
         )
     line = positions[-1] - positions[0]
     tilt = np.degrees(np.arccos(min(1.0, float(line @ normal / np.linalg.norm(line)))))
@@ -207,7 +207,7 @@ def check_stack(slices: Sequence[Slice], name: str) -> None:
 
 
 def slice_affine(slices: Sequence[Slice]) -> np.ndarray:
-    """From (column, row, slice) to RAS mm (PS3.3 C.7.6.2.1.1) of checked slices, (4, 4)."""
+    """Return the affine (4, 4) of checked slices from (column, row, slice) to RAS mm (PS3.3 C.7.6.2.1.1)."""
     first, last = slices[0], slices[-1]
     rows, columns = first.orientation
     spacing = [first.spacing[1], first.spacing[0], np.linalg.norm(last.position - first.position) / (len(slices) - 1)]
@@ -218,7 +218,7 @@ def slice_affine(slices: Sequence[Slice]) -> np.ndarray:
 
 
 def by_file(slices: Sequence[Slice]) -> Iterator[tuple[Path, list[tuple[int, Slice]]]]:
-    """For each file, its slices and their places in the volume."""
+    """Yield each file with its slices and their indices in the volume."""
     files: dict[Path, list[tuple[int, Slice]]] = {}
     for place, item in enumerate(slices):
         files.setdefault(item.path, []).append((place, item))

@@ -1,4 +1,4 @@
-"""Volumes in and out: finding them in a folder, reading them with care, writing them whole or not at all."""
+"""Reading volumes with checks, and writing them completely or not at all."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from custom_modules.files import atomic_write, inside
 logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".nii.gz", ".nii", ".nrrd", ".mha")
-RECORD = {"input", "output", "settings"}  # keys of the record beside a synthetic CT, among others
-SPACING_LIMITS = (0.05, 50.0)  # mm; outside, a header is broken
-NIFTI_UNITS = {"meter": 1e3, "micron": 1e-3}  # to mm; what has no unit is in mm
+RECORD = {"input", "output", "settings"}  # some keys of the record that is written with a synthetic CT
+SPACING_LIMITS = (0.05, 50.0)  # mm; a header with another spacing is broken
+NIFTI_UNITS = {"meter": 1e3, "micron": 1e-3}  # to mm; without a unit it is mm
 
-# what libraries remark on headers is no news to people, who get a message where it matters
+# silence the remarks of libraries on headers: the checks below have their own messages
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
 itk.ProcessObject.SetGlobalWarningDisplay(False)
 
@@ -43,13 +43,13 @@ def read_volume(path: str | Path) -> MetaTensor:
     """Read one 3D volume as (1, D, H, W) float32 with its affine (RAS mm).
 
     Args:
-        path: of a file, or the address of a DICOM series (:mod:`custom_modules.data.dicom`), whose modality is then in
-            the answer's ``meta["modality"]``.
+        path: of a file, or the address of a DICOM series (:mod:`custom_modules.data.dicom`); the result then has its
+            modality as ``meta["modality"]``.
 
     Raises:
-        InputError: for a file that is missing, empty, unreadable, truncated or damaged; data that are not one 3D volume,
-            not finite, constant or all zero; a spacing of zero or outside 0.05 to 50 mm; a singular affine; slices that
-            are no straight, evenly spaced volume.
+        InputError: for a file that is missing, empty, unreadable, truncated or damaged; for data that are not one 3D
+            volume, not finite, or constant; for a spacing of zero or outside 0.05 to 50 mm; for a singular affine; for
+            slices that are not one straight, evenly spaced volume.
     """
     meta = {"filename_or_obj": str(path)}
     try:
@@ -64,42 +64,42 @@ def read_volume(path: str | Path) -> MetaTensor:
             array, affine, spacing = _read_itk(Path(path))
     except InputError:
         raise
-    except Exception as error:  # readers raise whatever their libraries do
+    except Exception as error:  # readers raise errors of any type
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise InputError(f"{path}: cannot be read, damaged or not what its name says ({reason[:160]})") from error
     if array.dtype.names or np.iscomplexobj(array):
-        raise InputError(f"{path}: holds colours or complex numbers; give one number a voxel")
+        raise InputError(f"{path}: holds colours or complex numbers; give one number per voxel")
     if array.ndim == 4 and array.shape[-1] == 1:
         array = array[..., 0]
-    with np.errstate(all="ignore"):  # what is beyond float32 becomes infinite, and is refused below
+    with np.errstate(all="ignore"):  # values beyond float32 become infinite, which is an error below
         tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
     check_volume(tensor, affine, str(path), spacing)
-    # with its channel: a MetaTensor made without one takes (D, H, W) for a 2D image with channels
+    # with a channel, because a MetaTensor made without one takes (D, H, W) for a 2D image with channels
     return MetaTensor(tensor[None], affine=torch.from_numpy(affine), meta=meta)
 
 
 def _check_file(path: str | Path) -> None:
-    """Raise InputError where there is nothing that can be opened; a FIFO is not even tried."""
+    """Raise InputError unless ``path`` can be opened; pipes are not tried."""
     place, _ = split_address(path)
     if place.is_symlink() and not place.exists():
-        raise InputError(f"{path}: is a link to {os.readlink(place)}, which is not there; mend or remove it")
+        raise InputError(f"{path}: is a link to {os.readlink(place)}, which does not exist; correct or remove it")
     if not place.exists():
         raise InputError(f"{path}: no such file")
     if not (place.is_file() or place.is_dir()):
         raise InputError(f"{path}: is neither a file nor a folder but a pipe, socket or device; remove it")
     if not os.access(place, os.R_OK):
-        raise InputError(f"{path}: may not be read; change its permissions")
+        raise InputError(f"{path}: no permission to read it; change its permissions")
     if place.is_file() and place.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty")
 
 
 def volume_files(path: str | Path) -> list[Path]:
-    """The files that :func:`read_volume` reads a volume from, in the order of their names: for its hash and age."""
+    """Return the files from which :func:`read_volume` reads a volume, sorted by name, for its hash and age."""
     return sorted(series_at(path).paths) if is_series(path) else [Path(path)]
 
 
 def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Array, affine in mm as nibabel has it, and the header's own spacing, which nibabel repairs as it loads."""
+    """Return the array, nibabel's affine in mm, and the spacing in the header, which nibabel repairs on loading."""
     image, unit = cast(nib.Nifti1Image, nib.load(path)), 1.0
     stored = cast(nib.arrayproxy.ArrayProxy, image.dataobj)
     check_nifti(path, stored.offset, stored.shape, stored.dtype.itemsize)
@@ -129,12 +129,12 @@ def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray, None]:
         image = itk.imread(str(path))
     array, meta = ITKReader().get_data(image)
     if array.shape != shape:
-        raise InputError(f"{path}: is read as {array.shape}, its header tells of {shape}; save it anew")
+        raise InputError(f"{path}: is read as {array.shape}, its header says {shape}; save it again")
     return array, np.asarray(meta["affine"], dtype=np.float64), None
 
 
 def read_grid(path: str | Path) -> tuple[tuple[int, ...], tuple[float, ...]] | None:
-    """Shape and spacing (mm) of a volume by its header alone, or None where it has none that can be used."""
+    """Return the shape and spacing (mm) of a volume by its header only, or None if they are not usable."""
     shape: Sequence[int]
     spacing: Sequence[float]
     try:
@@ -146,20 +146,20 @@ def read_grid(path: str | Path) -> tuple[tuple[int, ...], tuple[float, ...]] | N
             unit = NIFTI_UNITS.get(header.get_xyzt_units()[0], 1.0) if "xyzt_units" in header else 1.0
             shape, spacing = header.get_data_shape()[:3], [float(zoom) * unit for zoom in header.get_zooms()[:3]]
         else:
-            _check_itk(Path(path), voxels=False)  # or ITK talks about what it finds
+            _check_itk(Path(path), voxels=False)  # otherwise ITK prints what it finds
             image = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
             image.SetFileName(str(path))
             image.ReadImageInformation()
             axes = [n for n in range(image.GetNumberOfDimensions()) if n < 3 or image.GetDimensions(n) > 1]
             shape, spacing = [image.GetDimensions(n) for n in axes], [image.GetSpacing(n) for n in axes]
-    except Exception:  # readers raise whatever their libraries do
+    except Exception:  # readers raise errors of any type
         return None
     usable = len(shape) == 3 and all(SPACING_LIMITS[0] <= step <= SPACING_LIMITS[1] for step in spacing)
     return (tuple(map(int, shape)), tuple(spacing)) if usable else None
 
 
 def check_volume(volume: torch.Tensor, affine: np.ndarray, name: str, header: np.ndarray | None = None) -> None:
-    """Raise :class:`InputError` unless ``volume`` is one sound 3D volume; see :func:`read_volume`."""
+    """Raise :class:`InputError` unless ``volume`` is one valid 3D volume; see :func:`read_volume`."""
     shape = tuple(volume.shape)
     if volume.ndim != 3 or min(shape) < 2:
         raise InputError(f"{name}: shape {shape} is not one 3D volume; give a single channel and time point")
@@ -177,10 +177,10 @@ def check_volume(volume: torch.Tensor, affine: np.ndarray, name: str, header: np
 
 
 class ReadVolumed(MapTransform):
-    """Dictionary form of :func:`read_volume`; keeps the input's own grid for :class:`RestoreGridd`.
+    """Dictionary form of :func:`read_volume`; stores the grid of the input for :class:`RestoreGridd`.
 
     Args:
-        allow_ct: let ``image`` be a CT, or of another modality than MR by its DICOM header.
+        allow_ct: accept a CT, or another modality than MR in the DICOM header, as ``image``.
     """
 
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False, allow_ct: bool = True) -> None:
@@ -200,23 +200,24 @@ class ReadVolumed(MapTransform):
 
 
 def check_mr(volume: MetaTensor) -> None:
-    """Raise InputError where the DICOM header names another modality, or the values are Hounsfield units."""
+    """Raise InputError if the DICOM header names another modality, or the values are Hounsfield units."""
     name, modality = volume.meta["filename_or_obj"], volume.meta.get("modality", "MR")
     if modality not in ("MR", "", "OT"):
-        raise InputError(f"{name}: is a {modality} series, not an MR; give the MR, or --allow_ct true to go on with it")
+        raise InputError(f"{name}: is a {modality} series, not an MR; give the MR, or --allow_ct true to accept it")
     values = np.asarray(volume[0])
     if is_hu(values):
         low, high = float(values.min()), float(values.max())
         raise InputError(
-            f"{name}: goes from {low:g} to {high:g} as a CT in HU does; give the MR, or --allow_ct true to go on with it"
+            f"{name}: goes from {low:g} to {high:g} as a CT in HU does; give the MR, or --allow_ct true to accept it"
         )
 
 
 class AirOutsideBodyd(MapTransform):
-    """Set ``keys`` (HU) to air where ``body`` is below one half, and round to int16.
+    """Set ``keys`` (HU) to air where ``body`` is below one half, and round to integers.
 
     Args:
-        outside: what stands for air, in HU; 0 for the standard deviation of it, which stays in single precision.
+        outside: HU of air; for a volume of standard deviations 0.
+        dtype: of the result; floating point numbers are not rounded.
     """
 
     def __init__(
@@ -235,10 +236,10 @@ class AirOutsideBodyd(MapTransform):
 
 
 class SaveVolumed(MapTransform):
-    """Write ``keys`` below ``output_dir``, under the name in ``data["output"]``, by a temporary name and a rename.
+    """Write ``keys`` below ``output_dir`` with the name ``data["output"]``, completely or not at all.
 
     Args:
-        suffix: put behind the name: with ``_sd``, ``a_sct.nii.gz`` becomes ``a_sct_sd.nii.gz``.
+        suffix: appended to the name: with ``_sd``, ``a_sct.nii.gz`` becomes ``a_sct_sd.nii.gz``.
     """
 
     def __init__(
@@ -249,29 +250,27 @@ class SaveVolumed(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         for key in self.key_iterator(data):
-            target, source = (
-                inside(self.output_dir, beside(data["output"], self.suffix)),
-                data["image"].meta["filename_or_obj"],
-            )
+            target = inside(self.output_dir, sibling_path(data["output"], self.suffix))
+            source = data["image"].meta["filename_or_obj"]
             before = input_of(target)
             if before not in (None, str(Path(source).resolve())):
-                logger.warning("%s: is written anew, from %s; before it was made from %s", target, source, before)
+                logger.warning("%s: overwritten, made from %s; before it was made from %s", target, source, before)
             write_volume(data[key], target)
             logger.info("%s -> %s", source, target)
         return dict(data)
 
 
-def beside(path: str | Path, suffix: str, extension: str | None = None) -> Path:
-    """The name of what belongs to a volume: ``a_sct.nii.gz`` with ``_sd`` is ``a_sct_sd.nii.gz``, with another
-    ``extension``, such as ``.json``, ``a_sct.json``."""
+def sibling_path(path: str | Path, suffix: str, extension: str | None = None) -> Path:
+    """Return the path of a file that belongs to a volume: ``a_sct.nii.gz`` with ``_sd`` gives ``a_sct_sd.nii.gz``, and
+    with another ``extension``, such as ``.json``, ``a_sct.json``."""
     path = Path(path)
     own = _extension(path.name) or ""
     return path.with_name(path.name[: len(path.name) - len(own)] + suffix + (own if extension is None else extension))
 
 
 def input_of(path: str | Path) -> str | None:
-    """What a synthetic CT was made from by the record beside it; None where there is no record of this program."""
-    record = beside(path, "", ".json")
+    """Return the path that a synthetic CT was made from, by its record; None if there is no record of this program."""
+    record = sibling_path(path, "", ".json")
     try:
         content = json.loads(record.read_text()) if record.is_file() else {}
         return str(content["input"]) if set(content) >= RECORD else None
@@ -280,7 +279,7 @@ def input_of(path: str | Path) -> str | None:
 
 
 def write_volume(volume: MetaTensor, path: str | Path) -> None:
-    """Write (1, D, H, W) with its affine, in its own dtype, whole or not at all."""
+    """Write (1, D, H, W) with its affine, in its own dtype, completely or not at all."""
     array, affine = np.asarray(volume)[0], np.asarray(volume.affine)
     with atomic_write(path) as temporary:
         if Path(path).name.lower().endswith((".nii", ".nii.gz")):

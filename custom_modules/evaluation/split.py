@@ -18,7 +18,7 @@ from custom_modules.data.body import ct_body_mask
 from custom_modules.data.grid import check_same_grid
 from custom_modules.data.hu import check_hu
 from custom_modules.data.pairs import load_pairs
-from custom_modules.data.volumes import EXTENSIONS, beside, read_volume
+from custom_modules.data.volumes import EXTENSIONS, read_volume, sibling_path
 from custom_modules.errors import InputError, stop
 from custom_modules.evaluation.metrics import METRICS, PROTOCOLS, bias, score, slice_inconsistency
 from custom_modules.evaluation.organs import organ_dice
@@ -40,8 +40,8 @@ class Evaluation:
 
     Writes to ``output_dir`` the synthetic CTs, ``metrics.csv`` (one row per patient and system) and ``metrics.json``
     (mean, SD, median and the bootstrap 95 % interval of the mean). The systems are the predictions and two baselines:
-    0 HU everywhere, and the mean HU of the training patients for each MR intensity. A patient who cannot be scored has a
-    row with the reason and is left out of all means; the program then ends with a list of these patients.
+    0 HU everywhere, and the mean HU of the training patients for each MR intensity. A patient who cannot be scored has
+    a row with the reason and is left out of all means; the program then ends with a list of these patients.
 
     Args:
         dataset_dir: folder that the datalist's paths are relative to.
@@ -128,7 +128,7 @@ class Evaluation:
         for pair in self.pairs:
             output = f"{pair['patient']}_sct.nii.gz"
             target = inside(self.output_dir, output)
-            for old in (target, beside(target, "_sd"), beside(target, "", ".json")):
+            for old in (target, sibling_path(target, "_sd"), sibling_path(target, "", ".json")):
                 old.unlink(missing_ok=True)
             volumes.append({"image": pair["image"], "output": output})
         settings = {**self.settings, "output_dir": str(self.output_dir), "dataset#data": volumes}
@@ -239,7 +239,7 @@ def score_patient(pair: Mapping[str, str], sct: Path, lookup: np.ndarray | None,
     rows[0].update(sct=str(sct), border_bias=bias(pred, ct, near), inside_bias=bias(pred, ct, mask & ~near))
     if not mask.any():
         rows[0]["problem"] = f"{pair['label']}: no body where the MR has signal; no metric is defined"
-    sd = beside(sct, "_sd")
+    sd = sibling_path(sct, "_sd")
     if sd.exists():
         volume = read_volume(sd)
         check_same_grid(volume, label)

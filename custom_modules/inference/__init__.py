@@ -1,1 +1,1 @@
-"""From an MR to a synthetic CT: sampling, the pipeline around it, the input guard and the record."""
+"""Inference from MR to synthetic CT: sampling, the pipeline around it, the input guard and the record."""

@@ -18,10 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class Calibration:
-    """The scale of :func:`fit_scale` as it was stored with the weights.
+    """The scale of :func:`fit_scale` that is stored with the weights.
 
     Args:
-        path: JSON of ``python -m bundle calibrate``; None, or a missing file, leaves SD as it is.
+        path: JSON of ``python -m bundle calibrate``; None, or a missing file, leaves SD unchanged.
         checkpoint: weights in use; a scale that was fitted with others is ignored with a warning.
         settings: sampling settings; a warning is logged where they differ from those of the fit.
     """

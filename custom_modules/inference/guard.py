@@ -27,7 +27,8 @@ MARGIN = 6.0  # mm by which BodyMaskd widens the body
 SD_FLOOR = 0.05  # of the mean: a measure that is equal in all training patients (the spacing) may differ by this much
 LIMIT = 3.0  # standard deviations from the training patients
 
-# measure: unit, and whether it is an error, where only larger values are unusual; others are compared by their logarithm
+# measure: unit, and whether it is an error, where only larger values are unusual; others are compared by their
+# logarithm
 MEASURES = {
     "finest spacing": ("mm", False),
     "coarsest spacing": ("mm", False),
@@ -122,8 +123,8 @@ def _reconstruction_error(image: np.ndarray, inside: np.ndarray, network: nn.Mod
 
 
 def fit(batches: Sequence[Mapping[str, Any]], network: nn.Module) -> dict[str, Any]:
-    """Compute statistics of the training MRs: the mean histogram, and for each measure its range, and its mean and SD on
-    the scale on which it is compared.
+    """Compute statistics of the training MRs: the mean histogram, and for each measure its range, and its mean and SD
+    on the scale on which it is compared.
 
     The distance of each histogram is that to the mean of the others, as for a new patient.
     """

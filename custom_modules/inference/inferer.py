@@ -101,7 +101,8 @@ class LatentSampler(Inferer):
 
     @abstractmethod
     def _synthesize(self, mr: Tensor, body: Tensor, network: Synthesizer, generators: list[torch.Generator]) -> Tensor:
-        """Return the synthetic CT of a padded MR, with the standard deviation of several samples as a second channel."""
+        """Return the synthetic CT of a padded MR, with the standard deviation of several samples as a second
+        channel."""
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.amp)
@@ -158,7 +159,8 @@ class WholeVolumeInferer(LatentSampler):
         return [part for part in every if body[widen(part[1], reach, size)].any()]
 
     def _tile_voxels(self, device: torch.device, voxel_bytes: int) -> int:
-        """Return how many voxels a tile may have that needs ``voxel_bytes`` per voxel, by the settings and by memory."""
+        """Return how many voxels a tile may have that needs ``voxel_bytes`` per voxel, by the settings and by
+        memory."""
         free = free_memory(device, self.memory_limit)
         return min(self.tile_voxels * TILE_BYTES // voxel_bytes, max(free // voxel_bytes, LEAST_TILE))
 
@@ -208,8 +210,8 @@ class WholeVolumeInferer(LatentSampler):
         return halve_when_out_of_memory(sample, most, LEAST_TILE, "voxels")
 
     def _decode(self, z: Tensor, network: Synthesizer, body: Tensor) -> Tensor:
-        """Decode the samples ``z`` (K, c, d, h, w) tile by tile, with air in tiles without ``body``. They are summarised
-        in main memory, so that the volume exists once, however many samples there are."""
+        """Decode the samples ``z`` (K, c, d, h, w) tile by tile, with air in tiles without ``body``. They are
+        summarised in main memory, so that the volume exists once, however many samples there are."""
         f = network.autoencoder.downsampling
 
         def decode(voxels: int) -> Tensor:

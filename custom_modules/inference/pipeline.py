@@ -63,7 +63,8 @@ class SynthesisEvaluator(SupervisedEvaluator):
     Args:
         postprocessing: turns the output of the network into files.
         guard: checks each batch before synthesis (:class:`~custom_modules.inference.guard.Guard`).
-        sidecar: writes the record of each synthesis after its files (:class:`~custom_modules.inference.sidecar.Sidecar`).
+        sidecar: writes the record of each synthesis after its files
+            (:class:`~custom_modules.inference.sidecar.Sidecar`).
         progress: show a bar over the volumes with their names; for a single one, the inferer's bar over its tiles.
     """
 

@@ -1,4 +1,4 @@
-"""The record beside each synthetic CT: its input, weights and settings, and how long it took."""
+"""The record of each synthetic CT: its input, weights and settings, and how long it took."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import monai
 import torch
 
-from custom_modules.data.volumes import beside, volume_files
+from custom_modules.data.volumes import sibling_path, volume_files
 from custom_modules.errors import InputError
 from custom_modules.files import sha256, to_plain, write_json
 from custom_modules.memory import peak_memory_gib
@@ -20,7 +20,7 @@ from custom_modules.settings import result_settings
 
 
 class Sidecar:
-    """Writes ``a_sct.json`` beside ``a_sct.nii.gz``.
+    """Writes the record ``a_sct.json`` of ``a_sct.nii.gz``.
 
     Args:
         output_dir: of the synthetic CTs.
@@ -53,7 +53,7 @@ class Sidecar:
         """Whether ``item["output"]`` exists and its record names the input ``item["image"]``, these weights, these
         settings and the hash of that output. False if the record cannot be read."""
         target = self.output_dir / item["output"]
-        record = beside(target, "", ".json")
+        record = sibling_path(target, "", ".json")
         if not (target.is_file() and record.is_file()):
             return False
         try:
@@ -86,4 +86,4 @@ class Sidecar:
             "device": str(self.device),
             "software": {"python": platform.python_version(), "torch": torch.__version__, "monai": monai.__version__},
         }
-        write_json(record, beside(self.output_dir / output, "", ".json"))
+        write_json(record, sibling_path(self.output_dir / output, "", ".json"))

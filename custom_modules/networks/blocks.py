@@ -100,8 +100,8 @@ class WaveletResidualModule(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Pre-activation residual block: twice normalisation, SiLU and convolution. (N, C_in, D, H, W) to (N, C_out, D, H,
-    W). An optional embedding of the timestep scales and shifts the features in between (Dhariwal and Nichol 2021).
+    """Pre-activation residual block, (N, C_in, D, H, W) to (N, C_out, D, H, W): normalisation, SiLU and convolution,
+    twice. An optional embedding of the timestep scales and shifts the features in between (Dhariwal and Nichol 2021).
     """
 
     def __init__(self, in_channels: int, out_channels: int, embedding_channels: int | None = None) -> None:

@@ -82,7 +82,8 @@ class StructureEmphasis(_CrossAttention):
 
 
 class ModalityFiltering(_CrossAttention):
-    """MFM: A_modal = Q_m - softmax(Q_m K_m^T / sqrt(d_K2)) V_m, keys and values from M_MR (Eq. 10), then a projection."""
+    """MFM: A_modal = Q_m - softmax(Q_m K_m^T / sqrt(d_K2)) V_m, keys and values from M_MR (Eq. 10), then a
+    projection."""
 
     def forward(self, features: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, attended = self.attend(features, key, value)

@@ -32,8 +32,8 @@ def _haar_forward(x: Tensor) -> Tensor:
 
 
 def _haar_forward_of_image(x: Tensor) -> Tensor:
-    """Transform an image of one channel. A matrix product would be too small to be fast, so up to eight neighbours along
-    the width are viewed as channels, and a 2 x 2 x 1 convolution gives the bands (benchmarks/wavelets.py)."""
+    """Transform an image of one channel. A matrix product would be too small to be fast, so up to eight neighbours
+    along the width are viewed as channels, and a 2 x 2 x 1 convolution gives the bands (benchmarks/wavelets.py)."""
     n, _, d, h, w = x.shape
     run = next(length for length in (8, 4, 2) if w % length == 0)
     blocks = torch.eye(run // 2, dtype=x.dtype, device=x.device)

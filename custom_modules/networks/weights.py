@@ -1,4 +1,4 @@
-"""Weights on disk: state dicts only, loaded strictly, written whole or not at all."""
+"""Weights on disk: state dicts only, loaded strictly, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from custom_modules.errors import InputError, stop
 from custom_modules.files import atomic_write, sha256, to_plain
 
-TRAINED_WITH = "trained_with"  # key in a weights file, beside the tensors
+TRAINED_WITH = "trained_with"  # key in a weights file, in addition to those of the tensors
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -69,16 +69,14 @@ def check_trained_with(path: str | Path, stored: Mapping[str, Any], wanted: Mapp
         f"{name} {a}, not {b}" for name, (a, b) in pairs.items() if not np.array_equal(np.asarray(a), np.asarray(b))
     ]
     if wrong:
-        raise InputError(
-            f"{path}: trained with {'; '.join(wrong)}; leave these settings as they are, or train with them"
-        )
+        raise InputError(f"{path}: trained with {'; '.join(wrong)}; keep these settings, or train with them")
 
 
 def load_weights_or_stop(
     network: Network, path: str | Path, trained_with: Mapping[str, Any] | None = None, compile: bool = False
 ) -> Network:
-    """Load weights as :func:`load_weights` does, for configs: an :class:`InputError` ends the program with its one line.
-    With ``compile`` the network is compiled afterwards (``torch.compile``)."""
+    """Load weights as :func:`load_weights` does, for configs: an :class:`InputError` ends the program with its one
+    line. With ``compile`` the network is compiled afterwards (``torch.compile``)."""
     try:
         load_weights(network, path, trained_with)
         if compile:

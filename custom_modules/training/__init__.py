@@ -1,1 +1,1 @@
-"""What the training configs name: batches, losses, handlers and the run on disk."""
+"""Training: batches, losses, handlers, checkpoints and the record of a run."""

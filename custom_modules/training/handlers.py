@@ -150,8 +150,8 @@ class ProgressBar:
 
 
 class ValidationMontage:
-    """Handler of the evaluator that adds a picture to TensorBoard: one row per patient, with the middle coronal plane of
-    MR, prediction and CT, each in its whole window."""
+    """Handler of the evaluator that adds a picture to TensorBoard: one row per patient, with the middle coronal plane
+    of MR, prediction and CT, each in its whole window."""
 
     def __init__(self, log_dir: str | Path, patients: int = 4) -> None:
         self.log_dir, self.patients, self.rows = log_dir, patients, []

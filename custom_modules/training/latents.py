@@ -26,8 +26,8 @@ class LatentDataset(Randomizable, Dataset):
     spends its time on the denoiser. Latents come from whole volumes, as in sampling, so that a crop contains what the
     autoencoder saw around it. If the latent scale of the network is not set, it is set here, from the training latents.
 
-    Items have ``image``, the CT latent, and ``z_mr``, both (c, *roi / f) and normalised; ``valid`` (1, *roi) at the same
-    place, see :func:`valid_voxels`; with ``images`` also ``label``, the CT (1, *roi) in [-1, 1]; and ``patient``.
+    Items have ``image``, the CT latent, and ``z_mr``, both (c, *roi / f) and normalised; ``valid`` (1, *roi) at the
+    same place, see :func:`valid_voxels`; with ``images`` also ``label``, the CT (1, *roi) in [-1, 1]; and ``patient``.
 
     Args:
         data: datalist of ``image`` and ``label``.

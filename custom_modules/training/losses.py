@@ -68,7 +68,8 @@ def valid_voxels(mr: Tensor, ct: Tensor) -> Tensor:
     """Return the mask of valid voxels of a pair. Voxels where the MR shows tissue and the CT air are not valid: there
     the body extends beyond the field of view of the CT.
 
-    Both are in [-1, 1]. Tissue is MR above 8 % of its window, air is CT in the lowest 23 % of its window (below -400 HU).
+    Both are in [-1, 1]. Tissue is MR above 8 % of its window, air is CT in the lowest 23 % of its window (below -400
+    HU).
     """
     return ~((mr > -0.84) & (ct < -0.54))
 

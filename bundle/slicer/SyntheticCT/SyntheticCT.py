@@ -1,5 +1,5 @@
-"""3D Slicer module: the synthetic CT of an MR from the bundle's MONAI Label server, laid over the MR. Widgets only;
-what is asked of the server is in SyntheticCTLib.client."""
+"""3D Slicer module: shows the synthetic CT of an MR, from the bundle's MONAI Label server, over the MR. This file has
+the widgets; requests to the server are in SyntheticCTLib.client."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ADDRESS = "http://127.0.0.1:8000"
 CT_WINDOW, CT_LEVEL = 400, 40  # HU, soft tissue
 OPACITY = 0.5  # of the synthetic CT over the MR
 POLL = 100  # ms
-PATIENCE = 5  # s, for Connect, which Slicer waits for
+PATIENCE = 5  # s, timeout of Connect, during which Slicer is blocked
 
 
 class SyntheticCT(ScriptedLoadableModule):
@@ -34,13 +34,13 @@ class SyntheticCT(ScriptedLoadableModule):
         parent.contributors = ["The 3D-WLDM bundle developers"]
         parent.helpText = (
             "Sends the chosen MR to the MONAI Label server of the 3D-WLDM bundle and shows the synthetic CT, in "
-            "Hounsfield units, over it. With two samples or more their standard deviation comes as a second volume."
+            "Hounsfield units, over it. With two or more samples their standard deviation is loaded as a second volume."
         )
         parent.acknowledgementText = "For research only: not for diagnosis, dose calculation or attenuation correction."
 
 
 class SyntheticCTWidget(ScriptedLoadableModuleWidget):
-    """Server, model, MR and options above; Apply, Cancel, progress and what the server said below."""
+    """Server, model, MR and options at the top; Apply, Cancel, progress and messages of the server below."""
 
     def setup(self) -> None:
         super().setup()
@@ -76,7 +76,7 @@ class SyntheticCTWidget(ScriptedLoadableModuleWidget):
         self.applyButton.connect("clicked()", self.onApply)
         self.cancelButton.connect("clicked()", self.onCancel)
         self.progress = qt.QProgressBar()
-        self.progress.setRange(0, 0)  # the server does not say how far it is
+        self.progress.setRange(0, 0)  # the server does not report progress
         self.status = qt.QLabel(f"Start the server with: make label STUDIES=DIR, then connect to {ADDRESS}")
         self.status.wordWrap = True
         for widget in (self.applyButton, self.cancelButton, self.progress, self.status):
@@ -138,7 +138,7 @@ class SyntheticCTWidget(ScriptedLoadableModuleWidget):
         self.timer.start()
 
     def _work(self, client: Client, path: Path, model: str, options: dict[str, Any]) -> None:
-        """In a thread, without Qt or MRML: leave a result or an error for the timer."""
+        """Run in a thread, without Qt or MRML: store a result or an error for the timer."""
         try:
             self.result = client.synthesize(path, model, options, self.folder.name, self._report)
         except Exception as error:
@@ -148,7 +148,7 @@ class SyntheticCTWidget(ScriptedLoadableModuleWidget):
         self.step = step
 
     def onTimer(self) -> None:
-        """Lend the thread some time, for Qt's loop holds Python's lock; take over what it left once it is done."""
+        """Give the thread some time, because Qt's loop holds Python's lock; show its result once it is done."""
         self.thread.join(POLL / 2000)
         self.status.text = f"{self.step} ..."
         if self.thread.is_alive():
@@ -165,7 +165,7 @@ class SyntheticCTWidget(ScriptedLoadableModuleWidget):
             self.folder.cleanup()
 
     def show(self, result: Synthesis) -> None:
-        """Load the synthetic CT in a CT window over the MR, and its uncertainty, not shown, beside it."""
+        """Show the synthetic CT in a CT window over the MR, and load its uncertainty without showing it."""
         name = self.node.GetName()
         sct = slicer.util.loadVolume(str(result.volume), {"name": f"{name} synthetic CT"})
         display = sct.GetDisplayNode()
@@ -174,8 +174,8 @@ class SyntheticCTWidget(ScriptedLoadableModuleWidget):
         if result.uncertainty is not None:
             slicer.util.loadVolume(str(result.uncertainty), {"name": f"{name} synthetic CT SD", "show": False})
         slicer.util.setSliceViewerLayers(background=self.node, foreground=sct, foregroundOpacity=OPACITY)
-        said = [f"seed {result.answer['seed']}, weights {(result.answer['model_sha256'] or '')[:12]}"]
-        self.status.text = "\n".join(said + [f"warning: {warning}" for warning in result.answer["warnings"]])
+        lines = [f"seed {result.info['seed']}, weights {(result.info['model_sha256'] or '')[:12]}"]
+        self.status.text = "\n".join(lines + [f"warning: {warning}" for warning in result.info["warnings"]])
 
     def onCancel(self) -> None:
         if self.client is not None and self.thread is not None and self.thread.is_alive():
@@ -183,7 +183,7 @@ class SyntheticCTWidget(ScriptedLoadableModuleWidget):
 
 
 def optionWidget(default: Any) -> Any:
-    """A check box, choice, number or text field, by the type of ``default``."""
+    """Make a check box, choice, number or text field, by the type of ``default``."""
     if isinstance(default, bool):
         widget = qt.QCheckBox()
         widget.checked = default
@@ -200,7 +200,7 @@ def optionWidget(default: Any) -> Any:
 
 
 def optionValue(widget: Any, default: Any) -> Any:
-    """What stands in a widget of :func:`optionWidget`; the server reads numbers from text."""
+    """Return the value of a widget of :func:`optionWidget`; the server reads numbers from text."""
     if isinstance(default, bool):
         return bool(widget.checked)
     if isinstance(default, list):
@@ -209,7 +209,7 @@ def optionValue(widget: Any, default: Any) -> Any:
 
 
 class SyntheticCTTest(ScriptedLoadableModuleTest):
-    """In 3D Slicer, with a server on ADDRESS: a small volume there and back."""
+    """Test in 3D Slicer with a server on ADDRESS: synthesises a small volume."""
 
     def runTest(self) -> None:
         import numpy as np

@@ -1,1 +1,1 @@
-"""What the module does, without 3D Slicer."""
+"""The parts of the module that do not need 3D Slicer."""

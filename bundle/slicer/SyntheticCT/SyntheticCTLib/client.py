@@ -1,4 +1,5 @@
-"""Talks to the bundle's MONAI Label server. Python's own library only: runs in 3D Slicer's Python and in any other."""
+"""Client of the bundle's MONAI Label server. It uses the standard library only, so it runs in the Python of 3D Slicer
+and in any other."""
 
 from __future__ import annotations
 
@@ -17,32 +18,32 @@ from urllib.parse import quote, urlencode, urlsplit
 
 
 class ServerError(Exception):
-    """The server refused, or does not answer; the message is one sentence for the user."""
+    """The server refused a request, or does not respond; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True)
 class Synthesis:
-    """What came back.
+    """Result of a synthesis.
 
     Args:
         volume: file of the synthetic CT, int16 HU on the MR's grid.
         uncertainty: file of its standard deviation in HU; None for one sample.
-        answer: what the server says with it, such as ``seed``, ``model_sha256`` and ``warnings``.
+        info: information from the server, such as ``seed``, ``model_sha256`` and ``warnings``.
     """
 
     volume: Path
     uncertainty: Path | None
-    answer: dict[str, Any]
+    info: dict[str, Any]
 
 
 class Client:
     """One request at a time to the server at ``address``, such as ``http://127.0.0.1:8000``.
 
     Args:
-        timeout: seconds without an answer; a synthesis takes minutes, and the server answers in turn.
+        timeout: seconds without a response; a synthesis takes minutes, and the server handles requests in turn.
 
     Raises:
-        ServerError: every method, when the server refuses, is not there, or :meth:`cancel` was called.
+        ServerError: from every method, when the server refuses, cannot be reached, or :meth:`cancel` was called.
     """
 
     def __init__(self, address: str, timeout: float | None = None) -> None:
@@ -52,12 +53,12 @@ class Client:
             self.kind = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}[parts.scheme]
             self.host, self.port, self.path = parts.hostname, parts.port, parts.path
         except (KeyError, ValueError) as error:
-            raise ServerError(f"'{address}' is no address; give one such as http://127.0.0.1:8000") from error
+            raise ServerError(f"'{address}' is not an address; give one such as http://127.0.0.1:8000") from error
         self.cancelled = False
         self.connection: http.client.HTTPConnection | None = None
 
     def models(self) -> dict[str, dict[str, Any]]:
-        """The models of the server, each with its options: name to default, a list being a choice."""
+        """Return the models of the server, each with its options: default by name, where a list is a choice."""
         info = self._json("GET", "/info/")
         return {name: model["config"] for name, model in info["models"].items()}
 
@@ -70,13 +71,14 @@ class Client:
         self._json("DELETE", f"/datastore/image?{urlencode({'id': image_id})}")
 
     def infer(self, model: str, image_id: str, options: Mapping[str, Any], target: str | Path) -> dict[str, Any]:
-        """Synthesise the CT of an image of the datastore into the file ``target``; returns what the server says."""
+        """Synthesise the CT of an image of the datastore into the file ``target``; return the information from the
+        server."""
         fields = {"params": json.dumps({**options, "result_extension": "".join(Path(target).suffixes)})}
         selector = f"/infer/{quote(model, safe='')}?{urlencode({'image': image_id})}"
         content_type, body = self._request("POST", selector, fields)
         parts = _parts(content_type, body)
         if not {"params", "image"} <= parts.keys():
-            raise ServerError(f"{self.address} sent no volume")
+            raise ServerError(f"{self.address} did not send a volume")
         Path(target).write_bytes(parts["image"])
         return json.loads(parts["params"])
 
@@ -90,11 +92,11 @@ class Client:
         self, path: str | Path, model: str, options: Mapping[str, Any], folder: str | Path,
         report: Callable[[str], None] = lambda step: None,
     ) -> Synthesis:  # fmt: skip
-        """Send the MR in ``path``, fetch its synthetic CT and, of several samples, their standard deviation into
-        ``folder``; nothing of it stays in the datastore.
+        """Send the MR in ``path``, and fetch its synthetic CT and, with several samples, their standard deviation into
+        ``folder``; everything is removed from the datastore afterwards.
 
         Args:
-            report: is told each step as it begins.
+            report: called with a description of each step as it begins.
         """
         image_id = f"slicer_{uuid.uuid4().hex[:12]}"
         try:
@@ -102,25 +104,25 @@ class Client:
             self.upload(path, image_id)
             report("synthesising")
             volume = Path(folder) / "sct.nrrd"
-            answer = self.infer(model, image_id, options, volume)
-            spread = answer.get("uncertainty")
+            info = self.infer(model, image_id, options, volume)
+            spread = info.get("uncertainty")
             if spread:
                 report("fetching the uncertainty")
                 spread = self.label(spread["label"], spread["tag"], Path(folder) / "uncertainty.nrrd")
         finally:
-            # after a cancelled request the server answers only when it is done with that, which nobody should wait for
+            # after a cancelled request the server responds only when it is done with it; do not wait for that
             removal = threading.Thread(target=self._remove, args=(image_id,), daemon=True)
             removal.start()
             if not self.cancelled:
                 removal.join()
-        return Synthesis(volume, spread, answer)
+        return Synthesis(volume, spread, info)
 
     def _remove(self, image_id: str) -> None:
-        with suppress(ServerError):  # a server that is gone has said so before
+        with suppress(ServerError):  # a server that cannot be reached has been reported already
             Client(self.address).remove(image_id)
 
     def cancel(self) -> None:
-        """Give up the request that another thread waits for; the server finishes what it has begun and drops it."""
+        """Cancel the request that another thread waits for; the server finishes its work and discards the result."""
         self.cancelled = True
         if self.connection is not None and self.connection.sock is not None:
             with suppress(OSError):  # closed by the other end just now
@@ -131,12 +133,12 @@ class Client:
         try:
             return json.loads(body)
         except ValueError as error:
-            raise ServerError(f"{self.address} is no MONAI Label server") from error
+            raise ServerError(f"{self.address} is not a MONAI Label server") from error
 
     def _request(
         self, method: str, selector: str, fields: Mapping[str, str] | None = None, file: Path | None = None
     ) -> tuple[str, bytes]:
-        """Content type and body of the answer to a request, with ``fields`` and a file as a form."""
+        """Send a request, with ``fields`` and a file as a form; return content type and body of the response."""
         headers, form = {}, None
         if fields is not None:
             boundary = uuid.uuid4().hex
@@ -151,16 +153,16 @@ class Client:
         except (OSError, http.client.HTTPException) as error:
             if self.cancelled:
                 raise ServerError("cancelled") from error
-            raise ServerError(f"no answer from {self.address} ({error}); is the server running, or busy?") from error
+            raise ServerError(f"no response from {self.address} ({error}); is the server running, or busy?") from error
         finally:
             self.connection.close()
         if response.status >= 400:
-            raise ServerError(_detail(body) or f"{self.address} answered {response.status} {response.reason}")
+            raise ServerError(_detail(body) or f"{self.address} returned {response.status} {response.reason}")
         return response.getheader("Content-Type", ""), body
 
 
 def _detail(body: bytes) -> str:
-    """The sentence of a refusal, as FastAPI gives it."""
+    """Return the message of a refusal in FastAPI's format."""
     try:
         return str(json.loads(body)["detail"])
     except (ValueError, KeyError, TypeError):
@@ -168,7 +170,7 @@ def _detail(body: bytes) -> str:
 
 
 def _form(boundary: str, fields: Mapping[str, str], file: Path | None) -> bytes:
-    """multipart/form-data (RFC 7578)."""
+    """Encode multipart/form-data (RFC 7578)."""
     parts = [(f'name="{name}"', value.encode()) for name, value in fields.items()]
     if file is not None:
         extension = "".join(file.suffixes[-2:] if file.name.endswith(".gz") else file.suffixes[-1:])
@@ -179,7 +181,7 @@ def _form(boundary: str, fields: Mapping[str, str], file: Path | None) -> bytes:
 
 
 def _parts(content_type: str, body: bytes) -> dict[str, bytes]:
-    """The parts of a multipart answer by name."""
+    """Return the parts of a multipart response by name."""
     boundary = re.search(r'boundary="?([^";]+)', content_type)
     found = {}
     for part in body.split(b"--" + boundary[1].encode())[1:-1] if boundary else []:
