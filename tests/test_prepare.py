@@ -339,7 +339,7 @@ def test_a_pattern_that_names_the_wrong_modality_is_refused(tmp_path):
 
 def test_values_that_contradict_the_name_are_refused(tmp_path, person):
     mr, ct, body = person
-    for kind, volume, reason in (("mr", ct, "as a CT does"), ("ct", mr, "no Hounsfield"), ("mr", body, "mask")):
+    for kind, volume, reason in (("mr", ct, "as a CT does"), ("ct", mr, "not Hounsfield"), ("mr", body, "mask")):
         volume = volume.clone()
         volume.meta["filename_or_obj"] = "x.nii"
         with pytest.raises(InputError, match=f"x.nii.*{reason}"):
