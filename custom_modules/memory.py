@@ -28,7 +28,7 @@ COPIES = 16
 CPU_BATCH = 4
 LARGEST_BATCH = 32
 GIB = 2**30
-# Bytes of main memory that the pipeline holds at its peak, for each voxel of the file and of the networks' grid, and besides;
+# Peak main memory of the pipeline in bytes: per voxel of the file, per voxel of the networks' grid, and a constant;
 # from the peaks of benchmarks/files.py
 SOURCE_BYTES, GRID_BYTES, FIXED_BYTES = 20, 25, 2**28
 
@@ -133,8 +133,9 @@ class CheckMemoryd(MapTransform):
             if need > free:
                 size = " x ".join(map(str, shape))
                 raise InputError(
-                    f"{data[key]}: {size} voxels need about {need / GIB:.1f} GiB of memory, {max(free, 0) / GIB:.1f} GiB "
-                    "may be taken; crop or resample it, free memory, or raise --memory_limit"
+                    f"{data[key]}: {size} voxels need about {need / GIB:.1f} GiB of memory, "
+                    f"{max(free, 0) / GIB:.1f} GiB may be taken; crop or resample it, free memory, or raise "
+                    "--memory_limit"
                 )
         return data
 

@@ -7,7 +7,7 @@ import json
 import logging
 import multiprocessing
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -135,7 +135,8 @@ def _settings(values: Mapping[str, Any]) -> Settings:
     if unknown:
         known = ", ".join([*names, *(f.name for f in fields(Limits)), "test", "validation", "seed"])
         raise InputError(f"no setting '{unknown[0]}'; there are {known}")
-    settings = Settings(**{k: tuple(map(float, v)) if k == "hu_window" else v for k, v in values.items()})
+    converted: dict[str, Any] = {k: tuple(map(float, v)) if k == "hu_window" else v for k, v in values.items()}
+    settings = Settings(**converted)
     if settings.registration not in STAGES:
         raise InputError(f"--registration {settings.registration}: give one of {', '.join(STAGES)}")
     for stage in STAGES[1 : STAGES.index(settings.registration) + 1]:
@@ -164,7 +165,7 @@ def prepare_patient(patient: Patient, folder: Path, settings: Settings) -> dict[
     volumes, notes = load_patient(patient, settings.mr, settings.ct)
     registered = "mask" in volumes
     source = {kind: volume.meta["filename_or_obj"] for kind, volume in volumes.items()}
-    data = {"image": volumes["mr"], "label": volumes["ct"]}
+    data: dict[Hashable, MetaTensor] = {"image": volumes["mr"], "label": volumes["ct"]}
     data = clean(data, volumes.get("mask"), settings, notes)
     if registered:
         notes.append("registered as it came: registration and couch removal are skipped, its mask is kept")
@@ -187,8 +188,8 @@ def prepare_patient(patient: Patient, folder: Path, settings: Settings) -> dict[
 
 
 def clean(
-    data: dict[str, MetaTensor], mask: MetaTensor | None, settings: Settings, notes: list[str]
-) -> dict[str, MetaTensor]:
+    data: dict[Hashable, MetaTensor], mask: MetaTensor | None, settings: Settings, notes: list[str]
+) -> dict[Hashable, MetaTensor]:
     """The MR corrected and on the output's grid with its ``body``, the CT cut to its surroundings on its own grid."""
     keys = ["image", "label"]
     steps = [
@@ -215,7 +216,7 @@ def choose(measures: Mapping[str, Mapping[str, float]]) -> str:
     return max(measures, key=lambda stage: measures[stage]["mutual_information"])
 
 
-def finish(data: dict[str, MetaTensor], settings: Settings) -> dict[str, MetaTensor]:
+def finish(data: dict[Hashable, MetaTensor], settings: Settings) -> dict[Hashable, MetaTensor]:
     """Cut to the rectangular envelope of the body, bring the MR to the training set's scale, clip the CT."""
     keys = ["image", "label", "before", "body"]
     margin = round(ENVELOPE / settings.spacing)
@@ -230,7 +231,7 @@ def finish(data: dict[str, MetaTensor], settings: Settings) -> dict[str, MetaTen
     }
 
 
-def write_pair(data: Mapping[str, MetaTensor], folder: Path, title: str) -> None:
+def write_pair(data: Mapping[Hashable, MetaTensor], folder: Path, title: str) -> None:
     """Write the volumes and the picture, each whole or not at all."""
     for key in VOLUMES:
         write_volume(data[key], folder / f"{key}.nii.gz")
@@ -330,7 +331,7 @@ def summarise(
     """Hold every patient against the limits, split those that pass and write ``datalist.json``; a row a patient."""
     rows = []
     for patient in patients:
-        row = {"patient": patient.name, "notes": [], "used": False, "split": patient.split}
+        row: dict[str, Any] = {"patient": patient.name, "notes": [], "used": False, "split": patient.split}
         if patient.name in failures:
             row["state"] = f"failed: {failures[patient.name]}"
         else:

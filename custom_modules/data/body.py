@@ -44,8 +44,8 @@ def body_mask(mr: np.ndarray, threshold: float = 0.1, smoothing: float = 1.0) ->
 
 
 def ball(radius: float, spacing: np.ndarray) -> np.ndarray:
-    """The voxels within ``radius`` mm of the middle one, as a structuring element: dilating by it is what
-    thresholding a distance transform would give, without the transform's double precision and indices of every voxel."""
+    """Return the voxels within ``radius`` mm of the middle one as a structuring element. Dilation by it equals a
+    threshold on a distance transform, without that transform's double precision and indices of every voxel."""
     reach = np.floor(radius / spacing + 1e-6).astype(int)
     offsets = np.indices(2 * reach + 1) - reach.reshape(3, 1, 1, 1)
     return ((offsets * np.reshape(spacing, (3, 1, 1, 1))) ** 2).sum(0) <= radius**2 + 1e-6
@@ -80,7 +80,7 @@ def shoulder_slice(body: np.ndarray) -> int | None:
     Looked for in the width (left to right) of each slice: going down, the first that is at least 70 % of the widest
     after one, the neck, that is at most half of it.
     """
-    columns = body.any(axis=1)
+    columns = np.asarray(body.any(axis=1))
     width = np.array([np.ptp(np.flatnonzero(c)) + 1 if c.any() else 0 for c in columns.T])
     neck = False
     for k in reversed(range(len(width))):
