@@ -196,6 +196,7 @@ SETTINGS: dict[str, Setting] = {
     ),
     "pattern": Setting("str", "take only the files of this name or path (a shell pattern)", nullable=True),
     "crop_above_shoulders": _on("bool", "leave out head and neck, as the paper does"),
+    "correct_bias": _on("bool", "divide the MR by the bias field of the coils, found by N4"),
     "num_inference_steps": _on("int", "DDIM steps", low=1, high=1000),
     "num_samples": _on("int", "samples per volume; with 2 or more their SD is written too", low=1, high=64),
     "output": _on("str", "the mean of the samples, or the first sample", choices=("mean", "sample")),

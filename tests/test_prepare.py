@@ -26,7 +26,7 @@ from test_volumes import GAP, NORMAL, ORIGIN, dicom_slice, save_series
 
 from bundle.phantom.command import whole_body_phantom
 from bundle.prepare import command as prepare_module
-from bundle.prepare.cleaning import CorrectBiasFieldd, RemoveCouchd, bias_field, ct_body
+from bundle.prepare.cleaning import RemoveCouchd, ct_body
 from bundle.prepare.command import Limits, Settings, choose, is_finished, prepare, split_patients
 from bundle.prepare.patients import Patient, check_modality, find_patients, find_sources, load_patient
 from bundle.prepare.registration import (
@@ -41,6 +41,7 @@ from bundle.prepare.registration import (
     register,
 )
 from custom_modules.data.body import body_mask
+from custom_modules.data.mr import CorrectBiasFieldd, bias_field
 from custom_modules.data.pairs import load_pairs
 from custom_modules.data.volumes import read_volume
 from custom_modules.errors import InputError

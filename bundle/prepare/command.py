@@ -20,11 +20,12 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, CropForegroundd, Orientationd, ResampleToMatch, Spacingd
 from tqdm import tqdm
 
-from bundle.prepare.cleaning import CorrectBiasFieldd, RemoveCouchd
+from bundle.prepare.cleaning import RemoveCouchd
 from bundle.prepare.patients import SPLITS, Patient, find_patients, load_patient
 from bundle.prepare.registration import PARAMETERS, STAGES, crop_around, measure, measure_motion, register
 from bundle.prepare.report import overlay, page
 from custom_modules.data.body import BodyMaskd, CropAboveShouldersd
+from custom_modules.data.mr import CorrectBiasFieldd, SubtractBackgroundd
 from custom_modules.data.transforms import StandardizeMRd
 from custom_modules.data.volumes import write_volume
 from custom_modules.errors import InputError, one_line, stop
@@ -193,6 +194,7 @@ def clean(
     keys = ["image", "label"]
     steps = [
         Orientationd(keys, axcodes="RAS", labels=None),
+        SubtractBackgroundd("image"),
         *([CorrectBiasFieldd("image")] if settings.bias_correction else []),
         Spacingd("image", pixdim=[settings.spacing] * 3, mode="bilinear", padding_mode="border"),
     ]
