@@ -99,6 +99,14 @@ def halve_when_out_of_memory(work: Callable[[int], Result], amount: int, least: 
         logger.warning("out of memory: going on with %d %s at once", amount, unit)
 
 
+def needed_memory(shape: Sequence[int], spacing: Sequence[float], grid_spacing: Sequence[float]) -> int:
+    """Bytes of main memory that the pipeline takes for a volume at its peak, by its header: voxels and their spacing in mm,
+    and the spacing of the networks' grid."""
+    voxels = math.prod(shape)
+    resampled = math.prod(max(1.0, n * s / t) for n, s, t in zip(shape, spacing, grid_spacing))
+    return int(SOURCE_BYTES * voxels + GRID_BYTES * resampled + FIXED_BYTES)
+
+
 class CheckMemoryd(MapTransform):
     """Refuse a volume that cannot fit into main memory by its header, before it is read.
 
@@ -127,8 +135,7 @@ class CheckMemoryd(MapTransform):
             if grid is None:  # whoever reads it says what is wrong with it
                 continue
             shape, spacing = grid
-            resampled = math.prod(shape) * math.prod(spacing) / math.prod(self.spacing)
-            need = SOURCE_BYTES * math.prod(shape) + GRID_BYTES * resampled + FIXED_BYTES
+            need = needed_memory(shape, spacing, self.spacing)
             free = free_memory(torch.device("cpu"), self.limit)
             if need > free:
                 size = " x ".join(map(str, shape))

@@ -20,7 +20,7 @@ from custom_modules.errors import InputError
 logger = logging.getLogger(__name__)
 
 PART = 0.02  # of the largest part's volume: a second leg and an arm belong to the body, crumbs of noise or couch do not
-THRESHOLDS = (0.02, 0.1)  # of the 99th percentile, between which the one of air is looked for
+THRESHOLDS = (0.04, 0.1)  # of the 99th percentile, between which the one of air is looked for
 LEAST_SIGNAL = 1e-3  # of the 99th percentile; below is what was cleared or padded
 EDGE = 6  # voxels next to the faces of a volume that may be dark: the ends of a slab's profile, filtered corners
 SAMPLE = 2**20  # voxels that the threshold is found from
@@ -86,7 +86,7 @@ def between(line: np.ndarray) -> np.ndarray:
     return np.logical_or.accumulate(line) & np.logical_or.accumulate(line[::-1])[::-1]
 
 
-def body_mask(mr: np.ndarray, threshold: float | None = None, smoothing: float = 1.0) -> np.ndarray:
+def body_mask(mr: np.ndarray, threshold: float | None = None, smoothing: float = 0.7) -> np.ndarray:
     """The body in an MR: (D, H, W) in any unit and RAS order to a bool mask.
 
     Voxels above a threshold in the smoothed volume (sigma ``smoothing`` voxels), opened, all parts of at least a fiftieth
@@ -103,7 +103,7 @@ def body_mask(mr: np.ndarray, threshold: float | None = None, smoothing: float =
 
 def air_threshold(mr: np.ndarray, top: float) -> float:
     """The share of ``top`` (the 99th percentile) that parts air from tissue, by Otsu's method (1979) on the logarithm of
-    what has signal, between 0.02 and 0.1.
+    what has signal, between 0.04 and 0.1.
 
     In the logarithm shading by a surface coil is a shift, and tissue far from the coil stays nearer to tissue than to
     air. Where no air is in the field of view the upper limit holds, for then fat is parted from muscle.
@@ -186,8 +186,9 @@ def ct_body_mask(ct: np.ndarray, mr: np.ndarray) -> np.ndarray:
 
 def ct_tissue_mask(ct: np.ndarray) -> np.ndarray:
     """The body in a CT without a couch, by the rule of :func:`body_mask`: above -300 HU, opened, all parts of at least a
-    fiftieth of the largest, cavities filled. (D, H, W) HU to bool."""
-    return fill_cavities(keep_parts(open_mask(ct > TISSUE_HU)))
+    fiftieth of the largest, holes filled slice by slice. (D, H, W) HU to bool. What is open at the faces stays so: there
+    a CT that is cut off cannot be told from a lung."""
+    return fill_holes_by_slice(keep_parts(open_mask(ct > TISSUE_HU)))
 
 
 class ScoreMaskd(MapTransform):

@@ -99,6 +99,7 @@ def n4_log_field(mr: MetaTensor, mask: np.ndarray, extent: np.ndarray) -> np.nda
     n4.SetNumberOfFittingLevels([N4_LEVELS] * 3)
     n4.SetMaximumNumberOfIterations([N4_ITERATIONS] * N4_LEVELS)
     n4.SetConvergenceThreshold(N4_CONVERGENCE)
+    n4.SetNumberOfWorkUnits(1)  # the same field on every machine, and no slower on so few voxels
     n4.Update()
     found = n4.ReconstructBiasField(n4.GetLogBiasFieldControlPointLattice())
     return np.ascontiguousarray(itk.array_from_image(found).transpose(2, 1, 0), dtype=np.float32)
