@@ -28,9 +28,13 @@ COPIES = 16
 CPU_BATCH = 4
 LARGEST_BATCH = 32
 GIB = 2**30
-# Bytes of main memory that the pipeline holds at its peak, for each voxel of the file and of the networks' grid, and besides;
-# from the peaks of benchmarks/files.py
-SOURCE_BYTES, GRID_BYTES, FIXED_BYTES = 20, 25, 2**28
+# Bytes of main memory at the peaks of the pipeline, by benchmarks/memory.py: for each voxel of the file, of the networks' grid
+# and of the slab that is resampled at once; besides that the libraries, and the smallest tile with what the allocator keeps.
+FIXED_BYTES = 400 * 2**20
+READING = {"file": 17.5, "grid": 4, "slab": 45}
+FINDING = {"file": 11, "grid": 21}  # the body, and on the way back the writing
+SYNTHESIS = {"file": 8, "grid": 12, "tile": 420}
+SLAB, TILE = 2**22, 2**21  # voxels of a slab, and of the smallest tile
 
 Result = TypeVar("Result")
 
@@ -102,9 +106,10 @@ def halve_when_out_of_memory(work: Callable[[int], Result], amount: int, least: 
 def needed_memory(shape: Sequence[int], spacing: Sequence[float], grid_spacing: Sequence[float]) -> int:
     """Bytes of main memory that the pipeline takes for a volume at its peak, by its header: voxels and their spacing in mm,
     and the spacing of the networks' grid."""
-    voxels = math.prod(shape)
-    resampled = math.prod(max(1.0, n * s / t) for n, s, t in zip(shape, spacing, grid_spacing))
-    return int(SOURCE_BYTES * voxels + GRID_BYTES * resampled + FIXED_BYTES)
+    grid = math.prod(max(1.0, n * s / t) for n, s, t in zip(shape, spacing, grid_spacing))
+    amounts = {"file": math.prod(shape), "grid": grid, "slab": min(grid, SLAB), "tile": min(grid, TILE)}
+    peaks = (sum(of[name] * amounts[name] for name in of) for of in (READING, FINDING, SYNTHESIS))
+    return int(FIXED_BYTES + max(peaks))
 
 
 class CheckMemoryd(MapTransform):
@@ -138,9 +143,9 @@ class CheckMemoryd(MapTransform):
             need = needed_memory(shape, spacing, self.spacing)
             free = free_memory(torch.device("cpu"), self.limit)
             if need > free:
-                size = " x ".join(map(str, shape))
+                size, steps = (" x ".join(f"{value:g}" for value in values) for values in (shape, spacing))
                 raise InputError(
-                    f"{data[key]}: {size} voxels need about {need / GIB:.1f} GiB of memory, {max(free, 0) / GIB:.1f} GiB "
+                    f"{data[key]}: {size} voxels of {steps} mm need about {need / GIB:.1f} GiB of memory, {max(free, 0) / GIB:.1f} GiB "
                     "may be taken; crop or resample it, free memory, or raise --memory_limit"
                 )
         return data

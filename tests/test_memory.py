@@ -86,7 +86,7 @@ def test_a_volume_that_cannot_fit_is_refused_by_its_header(tmp_path, name):
     fits, short = (memory.CheckMemoryd("image", (2, 2, 2), held + extra) for extra in (1.0, 0.1))
     assert fits({"image": str(path)}) == {"image": str(path)}
     with pytest.raises(
-        InputError, match=f"{name}: 60 x 50 x 40 voxels need about 0.3 GiB of memory, 0.1 GiB may be taken"
+        InputError, match=f"{name}: 60 x 50 x 40 voxels of 1 x 1 x 1 mm need about 0.. GiB of memory, 0.1 GiB may be taken"
     ):
         short({"image": str(path)})
     fine = memory.CheckMemoryd("image", (0.1, 0.1, 0.1), held + 1)  # a thousand voxels of the grid for each of the file
@@ -120,3 +120,23 @@ def test_the_figures_of_a_gpu_need_nothing_but_pytorch_and_monai():
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_estimate_counts_the_voxels_of_the_networks_grid():
+    """A coarse file over 1.6 m is small, and its grid is not."""
+    coarse = memory.needed_memory((54, 54, 54), (30, 30, 30), (2, 2, 2))
+    assert coarse > memory.FINDING["grid"] * 800**3
+    assert memory.needed_memory((54, 54, 54), (2, 2, 2), (2, 2, 2)) < 2 * memory.FIXED_BYTES
+
+
+@pytest.mark.integration
+def test_a_coarse_volume_is_refused_with_numbers_and_the_other_files_are_made(tmp_path, infer, caplog):
+    body = torch.zeros(1, 54, 54, 54, dtype=torch.int16)
+    body[:, 10:44, 10:44, 10:44] = torch.randint(500, 1000, (34, 34, 34))
+    for name, spacing in (("coarse.nii", 30.0), ("good.nii", 2.0)):
+        write_volume(MetaTensor(body, affine=torch.diag(torch.tensor([spacing] * 3 + [1.0]))), tmp_path / "in" / name)
+    held = memory.psutil.Process().memory_info().rss / memory.GIB
+    with pytest.raises(SystemExit):
+        infer(tmp_path / "in", tmp_path / "out", memory_limit=held + 4)
+    assert [path.name for path in (tmp_path / "out").glob("*.nii")] == ["good_sct.nii"]
+    assert "coarse.nii: 54 x 54 x 54 voxels of 30 x 30 x 30 mm need about" in caplog.text
