@@ -86,7 +86,8 @@ def test_a_volume_that_cannot_fit_is_refused_by_its_header(tmp_path, name):
     fits, short = (memory.CheckMemoryd("image", (2, 2, 2), held + extra) for extra in (1.0, 0.1))
     assert fits({"image": str(path)}) == {"image": str(path)}
     with pytest.raises(
-        InputError, match=f"{name}: 60 x 50 x 40 voxels of 1 x 1 x 1 mm need about 0.. GiB of memory, 0.1 GiB may be taken"
+        InputError,
+        match=f"{name}: 60 x 50 x 40 voxels of 1 x 1 x 1 mm need about 0.. GiB of memory, 0.1 GiB may be taken",
     ):
         short({"image": str(path)})
     fine = memory.CheckMemoryd("image", (0.1, 0.1, 0.1), held + 1)  # a thousand voxels of the grid for each of the file

@@ -156,7 +156,7 @@ def test_a_gap_that_is_open_below_is_not_closed_from_above():
 
 
 def shaded(body: np.ndarray, factor: float = 30.0) -> np.ndarray:
-    """An MR that a coil at the first plane of the second axis brightens by ``factor``, in noise of one level everywhere."""
+    """An MR that a coil at the first plane of the second axis brightens by ``factor``, in noise of one level."""
     y = np.linspace(1, 0, body.shape[1])[:, None]
     rng = np.random.default_rng(0)
     return np.where(body, rng.uniform(60, 100, body.shape) * factor**y, 0) + rng.uniform(0, 8, body.shape)
@@ -285,7 +285,8 @@ def test_padding_beside_a_constant_background_stays_zero():
 PLAIN = {
     "air and noise": noisy(trunk()),
     "air cleared to zero": noisy(trunk()) * trunk(),
-    "muscle and fat without air": np.where(trunk(radii=(8, 8)), 900, 350) + np.random.default_rng(0).normal(0, 30, (44, 40, 20)),
+    "muscle and fat without air": np.where(trunk(radii=(8, 8)), 900, 350)
+    + np.random.default_rng(0).normal(0, 30, (44, 40, 20)),
     "phase": np.random.default_rng(0).uniform(-4096, 4095, (44, 40, 20)),
     "ringing below zero": noisy(trunk()) - 15,
 }
@@ -305,6 +306,7 @@ def test_preprocessing_of_a_shifted_mr_finds_the_same_body(tmp_path):
     np.testing.assert_allclose(plain["image"], shifted["image"], atol=5)
 
 
+@pytest.mark.integration
 def test_shading_is_found_and_an_even_mr_stays_nearly_even():
     body = trunk((88, 80, 60), (36, 32))
     even = np.where(body, 600.0, 0.0) + np.random.default_rng(0).uniform(0, 20, body.shape)
@@ -315,6 +317,7 @@ def test_shading_is_found_and_an_even_mr_stays_nearly_even():
         assert np.median(log) == pytest.approx(np.log(np.median((even * factor)[body])), abs=0.05)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["abdomen_t1_gre_ge", "abdomen_t1_opposed_ge"])
 def test_real_shading_does_not_cut_the_thorax_away(real_data, name):
     """Lungs, chest wall and arms are body: of the upper third all but the armpits and the dark upper edge."""

@@ -37,7 +37,11 @@ def check_same_grid(volume: MetaTensor, reference: MetaTensor, advice: str = "")
 
 
 def resample(
-    volume: MetaTensor, affine: torch.Tensor, shape: Sequence[int], align_corners: bool = False, slab_voxels: int = SLAB_VOXELS
+    volume: MetaTensor,
+    affine: torch.Tensor,
+    shape: Sequence[int],
+    align_corners: bool = False,
+    slab_voxels: int = SLAB_VOXELS,
 ) -> MetaTensor:
     """(C, D, H, W) interpolated on the grid of ``affine`` and ``shape``, float32; beyond the outermost samples the nearest.
 

@@ -53,7 +53,9 @@ class SubtractBackgroundd(MapTransform):
             offset = background_offset(np.asarray(mr[0]))
             if offset:
                 name = mr.meta.get("filename_or_obj", "MR")
-                logger.warning("%s: air is at %.4g, not near 0 as in an MR; %.4g is subtracted everywhere", name, offset, offset)
+                logger.warning(
+                    "%s: air is at %.4g, not near 0 as in an MR; %.4g is subtracted everywhere", name, offset, offset
+                )
                 data[key] = torch.where(mr == 0, mr, (mr - offset).clamp(min=0))
         return data
 
