@@ -2,9 +2,10 @@
 
     python benchmarks/memory.py [--inferer stub|real|both] [--largest 6]
 
-Each case is a child process that reads, preprocesses, synthesises and writes one volume whose body fills the field of view.
-``stub`` answers with the MR in place of a synthetic CT, so that preprocessing and writing are seen alone; ``real`` is the
-network with the smallest tiles that the pipeline goes down to, which takes its time: only for grids of up to 10 Mvoxel.
+Each case is a child process that reads, preprocesses, synthesises and writes one volume whose body fills the field of
+view. ``stub`` answers with the MR in place of a synthetic CT, so that preprocessing and writing are seen alone;
+``real`` is the network with the smallest tiles that the pipeline goes down to, which takes its time: only for grids of
+up to 10 Mvoxel.
 """
 
 from __future__ import annotations

@@ -28,8 +28,9 @@ COPIES = 16
 CPU_BATCH = 4
 LARGEST_BATCH = 32
 GIB = 2**30
-# Bytes of main memory at the peaks of the pipeline, by benchmarks/memory.py: for each voxel of the file, of the networks' grid
-# and of the slab that is resampled at once; besides that the libraries, and the smallest tile with what the allocator keeps.
+# Bytes of main memory at the peaks of the pipeline, by benchmarks/memory.py: for each voxel of the file, of the
+# networks' grid and of the slab that is resampled at once; besides that the libraries, and the smallest tile with what
+# the allocator keeps.
 FIXED_BYTES = 400 * 2**20
 READING = {"file": 17.5, "grid": 4, "slab": 45}
 FINDING = {"file": 11, "grid": 21}  # the body, and on the way back the writing
@@ -104,8 +105,8 @@ def halve_when_out_of_memory(work: Callable[[int], Result], amount: int, least: 
 
 
 def needed_memory(shape: Sequence[int], spacing: Sequence[float], grid_spacing: Sequence[float]) -> int:
-    """Bytes of main memory that the pipeline takes for a volume at its peak, by its header: voxels and their spacing in mm,
-    and the spacing of the networks' grid."""
+    """Bytes of main memory that the pipeline takes for a volume at its peak, by its header: voxels and their spacing in
+    mm, and the spacing of the networks' grid."""
     grid = math.prod(max(1.0, n * s / t) for n, s, t in zip(shape, spacing, grid_spacing))
     amounts = {"file": math.prod(shape), "grid": grid, "slab": min(grid, SLAB), "tile": min(grid, TILE)}
     peaks = (sum(of[name] * amounts[name] for name in of) for of in (READING, FINDING, SYNTHESIS))

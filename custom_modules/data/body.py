@@ -27,8 +27,8 @@ SAMPLE = 2**20  # voxels that the threshold is found from
 
 
 def keep_parts(mask: np.ndarray, share: float = PART) -> np.ndarray:
-    """The components of a (D, H, W) mask of at least ``share`` of the largest one's volume: both legs and the arms beside
-    the trunk are body, crumbs of noise or of a couch are not."""
+    """The components of a (D, H, W) mask of at least ``share`` of the largest one's volume: both legs and the arms
+    beside the trunk are body, crumbs of noise or of a couch are not."""
     labels, number = ndimage.label(mask)
     if number < 2:
         return mask
@@ -55,9 +55,9 @@ def fill_cavities(mask: np.ndarray, upright: bool = False) -> np.ndarray:
     """Fill lungs, bowel gas and airways in a (D, H, W) mask of tissue, slices along the last axis.
 
     A cavity is closed within its slice, or, where a face of the volume cuts it, within that face: a coronal slab goes
-    through the lungs, which are open to the front and back of its axial slices but have ribs and diaphragm around them in
-    the faces. The gap between two legs, or between arm and trunk, is open at the lower end. The planes next to a face are
-    filled like the face itself, for the outermost may be dark.
+    through the lungs, which are open to the front and back of its axial slices but have ribs and diaphragm around them
+    in the faces. The gap between two legs, or between arm and trunk, is open at the lower end. The planes next to a
+    face are filled like the face itself, for the outermost may be dark.
 
     Args:
         upright: the last axis goes up (RAS order): faces are closed at their upper edge, for fields of view that end
@@ -72,7 +72,8 @@ def fill_cavities(mask: np.ndarray, upright: bool = False) -> np.ndarray:
 
 
 def _fill_face(face: np.ndarray, upright: bool) -> np.ndarray:
-    """Fill what is enclosed in (H, W), with ``upright`` also by a lid between the outermost tissue in the last columns."""
+    """Fill what is enclosed in (H, W), with ``upright`` also by a lid between the outermost tissue in the last
+    columns."""
     edge = min(EDGE, face.shape[1] - 1) if upright else 0
     below, above = face[:, : face.shape[1] - edge], face[:, face.shape[1] - edge :]
     lid = between(above.any(axis=1))
@@ -89,8 +90,8 @@ def between(line: np.ndarray) -> np.ndarray:
 def body_mask(mr: np.ndarray, threshold: float | None = None, smoothing: float = 0.7) -> np.ndarray:
     """The body in an MR: (D, H, W) in any unit and RAS order to a bool mask.
 
-    Voxels above a threshold in the smoothed volume (sigma ``smoothing`` voxels), opened, all parts of at least a fiftieth
-    of the largest, cavities filled: lungs, cortical bone and airways are dark but inside.
+    Voxels above a threshold in the smoothed volume (sigma ``smoothing`` voxels), opened, all parts of at least a
+    fiftieth of the largest, cavities filled: lungs, cortical bone and airways are dark but inside.
 
     Args:
         threshold: a share of the 99th percentile; None: :func:`air_threshold`.
@@ -102,8 +103,8 @@ def body_mask(mr: np.ndarray, threshold: float | None = None, smoothing: float =
 
 
 def air_threshold(mr: np.ndarray, top: float) -> float:
-    """The share of ``top`` (the 99th percentile) that parts air from tissue, by Otsu's method (1979) on the logarithm of
-    what has signal, between 0.04 and 0.1.
+    """The share of ``top`` (the 99th percentile) that parts air from tissue, by Otsu's method (1979) on the logarithm
+    of what has signal, between 0.04 and 0.1.
 
     In the logarithm shading by a surface coil is a shift, and tissue far from the coil stays nearer to tissue than to
     air. Where no air is in the field of view the upper limit holds, for then fat is parted from muscle.
@@ -118,7 +119,8 @@ def air_threshold(mr: np.ndarray, top: float) -> float:
 
 def ball(radius: float, spacing: np.ndarray) -> np.ndarray:
     """The voxels within ``radius`` mm of the middle one, as a structuring element: dilating by it is what
-    thresholding a distance transform would give, without the transform's double precision and indices of every voxel."""
+    thresholding a distance transform would give, without the transform's double precision and indices of every
+    voxel."""
     reach = np.floor(radius / spacing + 1e-6).astype(int)
     offsets = np.indices(2 * reach + 1) - reach.reshape(3, 1, 1, 1)
     return ((offsets * np.reshape(spacing, (3, 1, 1, 1))) ** 2).sum(0) <= radius**2 + 1e-6
@@ -185,9 +187,9 @@ def ct_body_mask(ct: np.ndarray, mr: np.ndarray) -> np.ndarray:
 
 
 def ct_tissue_mask(ct: np.ndarray) -> np.ndarray:
-    """The body in a CT without a couch, by the rule of :func:`body_mask`: above -300 HU, opened, all parts of at least a
-    fiftieth of the largest, holes filled slice by slice. (D, H, W) HU to bool. What is open at the faces stays so: there
-    a CT that is cut off cannot be told from a lung."""
+    """The body in a CT without a couch, by the rule of :func:`body_mask`: above -300 HU, opened, all parts of at least
+    a fiftieth of the largest, holes filled slice by slice. (D, H, W) HU to bool. What is open at the faces stays so:
+    there a CT that is cut off cannot be told from a lung."""
     return fill_holes_by_slice(keep_parts(open_mask(ct > TISSUE_HU)))
 
 

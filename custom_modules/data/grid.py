@@ -43,7 +43,8 @@ def resample(
     align_corners: bool = False,
     slab_voxels: int = SLAB_VOXELS,
 ) -> MetaTensor:
-    """(C, D, H, W) interpolated on the grid of ``affine`` and ``shape``, float32; beyond the outermost samples the nearest.
+    """(C, D, H, W) interpolated on the grid of ``affine`` and ``shape``, float32; beyond the outermost samples the
+    nearest.
 
     The grid is filled slab by slab, for resampling needs several times the memory of what it fills.
     """
@@ -60,8 +61,8 @@ def resample(
 
 
 def resample_to_spacing(volume: MetaTensor, spacing: Sequence[float]) -> MetaTensor:
-    """(C, D, H, W) on a grid of ``spacing`` mm along the same axes and over the same extent, slab by slab; the header goes
-    along."""
+    """(C, D, H, W) on a grid of ``spacing`` mm along the same axes and over the same extent, slab by slab; the header
+    goes along."""
     affine = zoom_affine(np.asarray(volume.affine, dtype=np.float64), spacing, diagonal=False)
     shape, offset = compute_shape_offset(volume.shape[1:], np.asarray(volume.affine), affine)
     affine[:3, 3] = offset[:3]
@@ -85,8 +86,8 @@ class ToSpacingd(MapTransform):
 
 
 class RestoreGridd(MapTransform):
-    """Resample ``keys`` once, from the grid of ``source`` back to the grid it was read on, by :func:`resample`: a field of
-    view that cuts through the body ends in tissue, not in air.
+    """Resample ``keys`` once, from the grid of ``source`` back to the grid it was read on, by :func:`resample`: a field
+    of view that cuts through the body ends in tissue, not in air.
 
     Args:
         slab_voxels: approximate number of voxels in a slab.

@@ -31,8 +31,8 @@ def background_offset(mr: np.ndarray) -> float:
     """What has been added to every voxel of an MR (D, H, W), 0 where nothing has.
 
     The magnitude of an MR is near zero in air and cortical bone. Where no voxel is (those that are exactly zero are
-    padding and do not count), or many are far below zero, and a pile of voxels lies at the lower end as air does, that end
-    is an offset. A field of view within tissue has no such pile.
+    padding and do not count), or many are far below zero, and a pile of voxels lies at the lower end as air does, that
+    end is an offset. A field of view within tissue has no such pile.
     """
     values = mr[mr != 0]
     if not values.size:
@@ -93,7 +93,8 @@ def bias_field(mr: MetaTensor) -> torch.Tensor:
 
 
 def n4_log_field(mr: MetaTensor, mask: np.ndarray, extent: np.ndarray) -> np.ndarray:
-    """Logarithm of the bias field of an MR (1, D, H, W) within ``mask`` by N4, as (D, H, W) float32; ``extent`` in mm."""
+    """Logarithm of the bias field of an MR (1, D, H, W) within ``mask`` by N4, as (D, H, W) float32; ``extent`` in
+    mm."""
     image = metatensor_to_itk_image(mr, channel_dim=0)
     itk_mask = metatensor_to_itk_image(MetaTensor(torch.from_numpy(mask)[None], affine=mr.affine), dtype=np.uint8)
     n4 = itk.N4BiasFieldCorrectionImageFilter.New(image, MaskImage=itk_mask)

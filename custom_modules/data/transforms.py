@@ -66,9 +66,9 @@ class StandardizeMRd(MapTransform):
 class Preprocess(Transform):
     """From files to what the networks see, but for the last intensity scaling (section IV.A).
 
-    Read and check, orient to RAS, subtract a constant background, resample to ``spacing``, correct the coils' shading, find
-    the body, crop to its rectangular envelope, bring the MR to the training set's scale. The CT goes along where there is
-    one.
+    Read and check, orient to RAS, subtract a constant background, resample to ``spacing``, correct the coils' shading,
+    find the body, crop to its rectangular envelope, bring the MR to the training set's scale. The CT goes along where
+    there is one.
 
     Args:
         spacing: in mm.
