@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
 import sys
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
-from monai.config import KeysCollection
-from monai.transforms import MapTransform
 from monai.utils import optional_import
 
 from custom_modules.errors import InputError
 
 # missing only where nothing but PyTorch and MONAI is installed, to take the figures of a GPU
 psutil, _ = optional_import("psutil")
+resource, _ = optional_import("resource")  # missing on Windows, which psutil serves
 pynvml, has_pynvml = optional_import("pynvml")
 
 logger = logging.getLogger(__name__)
@@ -28,9 +26,14 @@ COPIES = 16
 CPU_BATCH = 4
 LARGEST_BATCH = 32
 GIB = 2**30
-# Peak main memory of the pipeline in bytes: per voxel of the file, per voxel of the networks' grid, and a constant;
-# from the peaks of benchmarks/files.py
-SOURCE_BYTES, GRID_BYTES, FIXED_BYTES = 20, 25, 2**28
+# Bytes of main memory at the peaks of the pipeline, by benchmarks/memory.py: for each voxel of the file, of the
+# networks' grid and of the slab that is resampled at once; besides that the libraries, and the smallest tile with what
+# the allocator keeps.
+FIXED_BYTES = 400 * 2**20
+READING = {"file": 17.5, "grid": 4, "slab": 45}
+FINDING = {"file": 11, "grid": 21}  # the body, and on the way back the writing
+SYNTHESIS = {"file": 8, "grid": 20, "tile": 420}
+SLAB, TILE = 2**22, 2**21  # voxels of a slab, and of the smallest tile
 
 Result = TypeVar("Result")
 
@@ -99,45 +102,13 @@ def halve_when_out_of_memory(work: Callable[[int], Result], amount: int, least: 
         logger.warning("out of memory: going on with %d %s at once", amount, unit)
 
 
-class CheckMemoryd(MapTransform):
-    """Refuse a volume that cannot fit into main memory by its header, before it is read.
-
-    Args:
-        keys: paths of volumes.
-        spacing: of the networks' grid, mm.
-        limit: GiB that the process may hold; what the machine has free when None, or when the limit is that of another
-            ``device``.
-
-    Raises:
-        InputError: with what is needed and what there is.
-    """
-
-    def __init__(
-        self, keys: KeysCollection, spacing: Sequence[float], limit: float | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:  # fmt: skip
-        super().__init__(keys)
-        self.spacing, self.limit = spacing, limit if torch.device(device).type == "cpu" else None
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
-        from custom_modules.data.volumes import read_grid  # and with it the readers' libraries
-
-        for key in self.key_iterator(dict(data)):
-            grid = read_grid(data[key])
-            if grid is None:  # whoever reads it says what is wrong with it
-                continue
-            shape, spacing = grid
-            resampled = math.prod(shape) * math.prod(spacing) / math.prod(self.spacing)
-            need = SOURCE_BYTES * math.prod(shape) + GRID_BYTES * resampled + FIXED_BYTES
-            free = free_memory(torch.device("cpu"), self.limit)
-            if need > free:
-                size = " x ".join(map(str, shape))
-                raise InputError(
-                    f"{data[key]}: {size} voxels need about {need / GIB:.1f} GiB of memory, "
-                    f"{max(free, 0) / GIB:.1f} GiB may be taken; crop or resample it, free memory, or raise "
-                    "--memory_limit"
-                )
-        return data
+def needed_memory(shape: Sequence[int], spacing: Sequence[float], grid_spacing: Sequence[float]) -> int:
+    """Bytes of main memory that the pipeline takes for a volume at its peak, by its header: voxels and their spacing in
+    mm, and the spacing of the networks' grid."""
+    grid = math.prod(max(1.0, n * s / t) for n, s, t in zip(shape, spacing, grid_spacing))
+    amounts = {"file": math.prod(shape), "grid": grid, "slab": min(grid, SLAB), "tile": min(grid, TILE)}
+    peaks = (sum(of[name] * amounts[name] for name in of) for of in (READING, FINDING, SYNTHESIS))
+    return int(FIXED_BYTES + max(peaks))
 
 
 def peak_memory_gib(device: torch.device | str) -> float:

@@ -73,7 +73,9 @@ class Setting:
         Raises:
             InputError: for a value that is not allowed.
         """
-        if value is None or (isinstance(value, str) and value.lower() in ("null", "none")):
+        if value is None or (
+            isinstance(value, str) and value.lower() in ("null", "none") and value not in self.choices
+        ):
             if self.nullable:
                 return None
             raise InputError(f"--{name} {value}: must be {self.allowed}")
@@ -196,6 +198,7 @@ SETTINGS: dict[str, Setting] = {
     ),
     "pattern": Setting("str", "take only the files of this name or path (a shell pattern)", nullable=True),
     "crop_above_shoulders": _on("bool", "leave out head and neck, as the paper does"),
+    "correct_bias": _on("bool", "divide the MR by the bias field of the coils, found by N4"),
     "num_inference_steps": _on("int", "DDIM steps", low=1, high=1000),
     "num_samples": _on("int", "samples per volume; with 2 or more their SD is written too", low=1, high=64),
     "output": _on("str", "the mean of the samples, or the first sample", choices=("mean", "sample")),
@@ -238,6 +241,39 @@ SETTINGS: dict[str, Setting] = {
     "split": Setting("str", "split of the datalist"),
     "pred_dir": Setting("str", "folder of finished synthetic CTs; null: synthesise them", nullable=True),
 }  # fmt: skip
+
+
+# of `prepare`, whose defaults stand in its dataclasses
+PREPARATION: dict[str, Setting] = {
+    "mr": Setting("str", "shell pattern that names the MR in a patient's folder", nullable=True),
+    "ct": Setting("str", "shell pattern that names the CT in a patient's folder", nullable=True),
+    "spacing": Setting("float", "mm, of the output", low=0.1, high=20),
+    "hu_window": Setting("floats", "HU that the CT is clipped to", size=2, increasing=True),
+    "registration": Setting("str", "the last step to take", choices=("none", "rigid", "bspline")),
+    "parameters": Setting("str", "folder of Elastix' parameter maps"),
+    "bias_correction": Setting("bool", "N4 of the MR"),
+    "crop_above_shoulders": Setting("bool", "leave out head and neck, as the paper does"),
+    "test": Setting("float", "share of the patients", low=0, high=1),
+    "validation": Setting("float", "share of the patients", low=0, high=1),
+    "seed": Setting("int", "of the split", low=0, high=2**32 - 1),
+    "min_dice": Setting("float", "of the two bodies", low=0, high=1),
+    "min_mutual_information": Setting("float", "nats", low=0),
+    "max_deformation": Setting("float", "mm beyond the rigid motion", low=0),
+    "max_folded": Setting("float", "share of the body", low=0, high=1),
+    "min_covered": Setting("float", "share of the MR's body that the CT covers", low=0, high=1),
+}
+
+
+def parse_settings(values: Mapping[str, Any], table: Mapping[str, Setting]) -> dict[str, Any]:
+    """``values`` in the types of a table.
+
+    Raises:
+        InputError: for a name that is not in the table, or a value that is not allowed.
+    """
+    for name in values:
+        if name not in table:
+            raise InputError(f"no setting '{name}'{_suggestion(name, table)}")
+    return {name: table[name].parse(name, value) for name, value in values.items()}
 
 
 # the config that is running
@@ -303,12 +339,13 @@ def check() -> None:
     if is_monai_bundle(sys.argv):
         end_in_one_line_on_signals()
     try:
-        check_settings(parser, given_on_command_line(sys.argv))
+        converted = check_settings(parser, given_on_command_line(sys.argv))
     except InputError as error:
         stop(str(error))
     if is_monai_bundle(sys.argv):
         set_up_messages(parser)
-    parser.parse(True)
+    if converted:  # what was made from the values before would be made again
+        parser.parse(True)
 
 
 def set_up_messages(parser: ConfigParser) -> None:
@@ -318,22 +355,28 @@ def set_up_messages(parser: ConfigParser) -> None:
     messages.set_up(parser.get("quiet", False), parser.get("verbose", False))
 
 
-def check_settings(parser: ConfigParser, given: Sequence[str] = ()) -> None:
+def check_settings(parser: ConfigParser, given: Sequence[str] = ()) -> bool:
     """Check the settings of ``parser`` as :func:`check` does; ``given`` are those that the user set.
+
+    Returns:
+        Whether a value was converted, so that the config has to be parsed again.
 
     Raises:
         InputError: for a setting or a value that is not allowed.
     """
-    content = parser.get()
+    content, converted = parser.get(), False
     used = set(_references(content))
     for name in given:
         if name not in content or (name not in used and name not in STRUCTURE):
             raise InputError(f"no setting '{name}' in this config{_suggestion(name, used & set(SETTINGS))}")
     for name, value in content.items():
         if name in SETTINGS and not _is_expression(value) and not _has_expression(value):
-            content[name] = SETTINGS[name].parse(name, value)
+            parsed = SETTINGS[name].parse(name, value)
+            if parsed != value:
+                content[name], converted = parsed, True
         elif name not in SETTINGS and name not in used and name not in STRUCTURE and name not in config_ids():
             raise InputError(f"no setting '{name}'{_suggestion(name, SETTINGS)}")
+    return converted
 
 
 STRUCTURE = frozenset(

@@ -10,6 +10,7 @@ from conftest import ROOT
 from monai.data import MetaTensor
 
 from custom_modules import memory
+from custom_modules.data.fits import CheckMemoryd
 from custom_modules.data.volumes import read_grid, write_volume
 from custom_modules.errors import InputError
 
@@ -83,13 +84,14 @@ def test_a_volume_that_cannot_fit_is_refused_by_its_header(tmp_path, name):
     write_volume(MetaTensor(torch.ones(1, 60, 50, 40, dtype=torch.int16), affine=torch.eye(4)), path)
     assert read_grid(path) == ((60, 50, 40), (1, 1, 1))
     held = memory.psutil.Process().memory_info().rss / memory.GIB
-    fits, short = (memory.CheckMemoryd("image", (2, 2, 2), held + extra) for extra in (1.0, 0.1))
+    fits, short = (CheckMemoryd("image", (2, 2, 2), held + extra) for extra in (1.0, 0.1))
     assert fits({"image": str(path)}) == {"image": str(path)}
     with pytest.raises(
-        InputError, match=f"{name}: 60 x 50 x 40 voxels need about 0.3 GiB of memory, 0.1 GiB may be taken"
+        InputError,
+        match=f"{name}: 60 x 50 x 40 voxels of 1 x 1 x 1 mm need about 0.. GiB of memory, 0.1 GiB may be taken",
     ):
         short({"image": str(path)})
-    fine = memory.CheckMemoryd("image", (0.1, 0.1, 0.1), held + 1)  # a thousand voxels of the grid for each of the file
+    fine = CheckMemoryd("image", (0.1, 0.1, 0.1), held + 1)  # a thousand voxels of the grid for each of the file
     with pytest.raises(InputError, match="GiB"):
         fine({"image": str(path)})
 
@@ -97,7 +99,7 @@ def test_a_volume_that_cannot_fit_is_refused_by_its_header(tmp_path, name):
 def test_what_has_no_header_is_left_to_the_reader(tmp_path):
     (tmp_path / "broken.nii.gz").write_bytes(b"no image")
     for path in (tmp_path / "broken.nii.gz", tmp_path / "missing.mha", tmp_path):
-        memory.CheckMemoryd("image", (2, 2, 2), limit=0)({"image": str(path)})
+        CheckMemoryd("image", (2, 2, 2), limit=0)({"image": str(path)})
 
 
 @pytest.mark.integration
@@ -120,3 +122,23 @@ def test_the_figures_of_a_gpu_need_nothing_but_pytorch_and_monai():
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_estimate_counts_the_voxels_of_the_networks_grid():
+    """A coarse file over 1.6 m is small, and its grid is not."""
+    coarse = memory.needed_memory((54, 54, 54), (30, 30, 30), (2, 2, 2))
+    assert coarse > memory.FINDING["grid"] * 800**3
+    assert memory.needed_memory((54, 54, 54), (2, 2, 2), (2, 2, 2)) < 2 * memory.FIXED_BYTES
+
+
+@pytest.mark.integration
+def test_a_coarse_volume_is_refused_with_numbers_and_the_other_files_are_made(tmp_path, infer, caplog):
+    body = torch.zeros(1, 54, 54, 54, dtype=torch.int16)
+    body[:, 10:44, 10:44, 10:44] = torch.randint(500, 1000, (34, 34, 34))
+    for name, spacing in (("coarse.nii", 30.0), ("good.nii", 2.0)):
+        write_volume(MetaTensor(body, affine=torch.diag(torch.tensor([spacing] * 3 + [1.0]))), tmp_path / "in" / name)
+    held = memory.psutil.Process().memory_info().rss / memory.GIB
+    with pytest.raises(SystemExit):
+        infer(tmp_path / "in", tmp_path / "out", memory_limit=held + 4)
+    assert [path.name for path in (tmp_path / "out").glob("*.nii")] == ["good_sct.nii"]
+    assert "coarse.nii: 54 x 54 x 54 voxels of 30 x 30 x 30 mm need about" in caplog.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from test_volumes import GAP, NORMAL, ORIGIN, dicom_slice, save_series
 
 from bundle.phantom.command import whole_body_phantom
 from bundle.prepare import command as prepare_module
-from bundle.prepare.cleaning import CorrectBiasFieldd, RemoveCouchd, bias_field, ct_body
+from bundle.prepare.cleaning import RemoveCouchd, ct_body
 from bundle.prepare.command import Limits, Settings, choose, is_finished, prepare, split_patients
 from bundle.prepare.patients import Patient, check_modality, find_patients, find_sources, load_patient
 from bundle.prepare.registration import (
@@ -41,9 +42,11 @@ from bundle.prepare.registration import (
     register,
 )
 from custom_modules.data.body import body_mask
+from custom_modules.data.mr import CorrectBiasFieldd, bias_field
 from custom_modules.data.pairs import load_pairs
 from custom_modules.data.volumes import read_volume
 from custom_modules.errors import InputError
+from custom_modules.settings import PREPARATION, parse_settings
 
 QUICK = {"registration": "none", "bias_correction": False, "crop_above_shoulders": False, "spacing": 4.0}
 
@@ -774,3 +777,22 @@ def test_shoulders_are_cut_where_there_are_some_and_noted_where_not(tmp_path):
     assert any("above the shoulders are cut off" in note for note in notes["whole"])
     assert any("no shoulders found" in note for note in notes["legs"])
     assert read_volume(tmp_path / "out" / "whole" / "image.nii.gz").shape[-1] < 0.9 * person[0].shape[-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"bias_correction": "perhaps"}, "--bias_correction perhaps: must be true or false"),
+        ({"spacing": 0}, "--spacing 0: must be a number from"),
+        ({"hu_window": "(3, 1)"}, "--hu_window"),
+        ({"min_dise": 0.5}, "no setting 'min_dise'; did you mean 'min_dice'"),
+    ],
+)
+def test_settings_are_checked_by_the_one_table(inbox, tmp_path, settings, reason):
+    with pytest.raises(InputError, match=re.escape(reason)):
+        prepare(str(inbox), str(tmp_path / "out"), **settings)
+
+
+def test_false_is_false_as_a_word():
+    values = parse_settings({"bias_correction": "false", "crop_above_shoulders": "no"}, PREPARATION)
+    assert values == {"bias_correction": False, "crop_above_shoulders": False}

@@ -10,18 +10,22 @@ import pytest
 import torch
 from conftest import head_and_shoulders, linear_hu, ramp, save, world
 from monai.data import MetaTensor
-from monai.transforms import RandAffined, RandBiasFieldd, RandFlipd, RandScaleIntensityd
+from monai.transforms import RandAffined, RandBiasFieldd, RandFlipd, RandScaleIntensityd, Spacingd
 from scipy import ndimage
 
 from custom_modules.data.body import (
     BodyMaskd,
     CropAboveShouldersd,
     body_mask,
+    ct_body_mask,
+    fill_cavities,
     fill_holes_by_slice,
-    largest_opened,
+    keep_parts,
+    open_mask,
     shoulder_slice,
 )
-from custom_modules.data.grid import SameGridd
+from custom_modules.data.grid import SameGridd, ToSpacingd, resample
+from custom_modules.data.mr import CorrectBiasFieldd, SubtractBackgroundd, background_offset
 from custom_modules.data.transforms import Augment, Preprocess, StandardizeMRd
 from custom_modules.errors import InputError
 
@@ -88,11 +92,84 @@ def test_the_unit_of_the_mr_does_not_matter(scale):
     np.testing.assert_array_equal(body_mask(mr * scale), body_mask(mr))
 
 
-def test_only_the_largest_object_is_the_body():
+def two_legs() -> np.ndarray:
+    """Two thighs of different size with a gap of 12 mm, at 2 mm."""
+    return np.concatenate([trunk(), np.zeros((6, 40, 20), bool), trunk(radii=(12, 10))])
+
+
+def arms_beside_the_trunk(depth: int = 40) -> np.ndarray:
+    """Trunk and two arms that do not touch it."""
+    x, y, _ = np.indices((100, depth, 20)) - np.reshape([49.5, (depth - 1) / 2, 0], (3, 1, 1, 1))
+    arms = (abs(x) - 42) ** 2 + y**2 <= 5**2
+    return ((x / 30) ** 2 + (y / 17) ** 2 <= 1) | arms
+
+
+@pytest.mark.parametrize("parts", [two_legs, arms_beside_the_trunk])
+def test_parts_that_do_not_touch_are_all_body_and_the_gap_between_them_is_not(parts):
+    body = parts()
+    mask = body_mask(noisy(body))
+    assert agree(mask, body)
+    assert ndimage.label(mask)[1] == ndimage.label(body)[1]
+    ct = np.where(body, 40.0, -1000.0)
+    assert agree(ct_body_mask(ct, np.ones_like(ct)), body)
+
+
+@pytest.mark.parametrize("parts", [two_legs, arms_beside_the_trunk])
+def test_the_gap_stays_open_in_a_coronal_slab_whose_faces_cut_all_parts(parts):
+    body = parts()[:, 17:23]
+    assert agree(body_mask(noisy(body)), body)
+
+
+def test_crumbs_are_not_body():
     body = trunk()
     mr = noisy(body)
-    mr[:4, :4] = 1000
+    mr[:3, :3] = 1000
     assert agree(body_mask(mr), body)
+
+
+def test_a_part_of_a_fiftieth_is_kept_and_a_smaller_one_is_not():
+    mask = np.zeros((40, 10, 10), bool)
+    mask[:10], mask[15, :4, :5], mask[20, :4, :4] = True, True, True
+    np.testing.assert_array_equal(keep_parts(mask), mask & (np.arange(40) < 18)[:, None, None])
+    assert not keep_parts(np.zeros((4, 4, 4), bool)).any()
+
+
+def chest(depth: int = 24) -> np.ndarray:
+    """A coronal slab of a chest, tissue with two lungs that end above the field of view, dark in the last four rows."""
+    x, _, z = np.indices((90, depth, 70)) - np.reshape([44.5, 0, 0], (3, 1, 1, 1))
+    wall = abs(x) <= 38
+    lungs = (abs(abs(x) - 18) <= 12) & (z > 30)
+    return wall & ~lungs & (z < 66)
+
+
+@pytest.mark.parametrize("slab", [np.s_[:], np.s_[:, :5], np.s_[..., :60]])
+def test_lungs_that_are_cut_by_the_faces_and_the_upper_edge_belong_to_the_body(slab):
+    tissue = chest()[slab]
+    mask = body_mask(noisy(tissue))
+    x = abs(np.arange(90) - 44.5)
+    assert mask[x <= 37][..., :64].all() and not mask[x >= 40].any()
+
+
+def test_a_gap_that_is_open_below_is_not_closed_from_above():
+    legs = chest()[..., ::-1].copy()  # two gaps between three parts, joined above
+    np.testing.assert_array_equal(fill_cavities(legs, upright=True)[..., :20], legs[..., :20])
+
+
+def shaded(body: np.ndarray, factor: float = 30.0) -> np.ndarray:
+    """An MR that a coil at the first plane of the second axis brightens by ``factor``, in noise of one level."""
+    y = np.linspace(1, 0, body.shape[1])[:, None]
+    rng = np.random.default_rng(0)
+    return np.where(body, rng.uniform(60, 100, body.shape) * factor**y, 0) + rng.uniform(0, 8, body.shape)
+
+
+def test_a_surface_coil_does_not_lose_the_far_side():
+    body = trunk()
+    assert agree(body_mask(shaded(body)), body)
+
+
+def test_where_all_is_body_all_is_kept():
+    fat_and_muscle = np.where(trunk(radii=(8, 8)), 1000.0, 300.0)
+    assert body_mask(fat_and_muscle).all()
 
 
 def test_a_body_of_two_slices_is_found():
@@ -104,7 +181,7 @@ def test_a_thread_that_sticks_out_is_opened_away():
     mask = np.zeros((12, 12, 12), bool)
     mask[2:8, 2:8, 2:8] = True
     mask[8:11, 4, 4] = True
-    opened = largest_opened(mask)
+    opened = open_mask(mask)
     assert not opened[9:].any() and opened[3:7, 3:7, 3:7].all()
 
 
@@ -187,6 +264,73 @@ def test_a_limb_is_left_whole_and_the_log_says_so(caplog):
     assert "no shoulders" in caplog.text
 
 
+# background and shading
+
+
+def test_a_constant_background_is_subtracted_and_the_log_says_so(caplog):
+    mr = noisy(trunk())
+    for offset in (1000, 250, -1000):
+        shifted = SubtractBackgroundd("image")({"image": tensor(mr + offset)})["image"][0]
+        np.testing.assert_allclose(shifted, mr, atol=1)
+    assert caplog.text.count("is subtracted everywhere") == 3 and "mr.nii: air is at 1000" in caplog.text
+
+
+def test_padding_beside_a_constant_background_stays_zero():
+    mr = noisy(trunk()) + 1000
+    mr[:5] = 0
+    found = SubtractBackgroundd("image")({"image": tensor(mr)})["image"][0]
+    assert not found[:5].any() and found[5:].min() < 1 and agree(body_mask(np.asarray(found))[5:], trunk()[5:])
+
+
+PLAIN = {
+    "air and noise": noisy(trunk()),
+    "air cleared to zero": noisy(trunk()) * trunk(),
+    "muscle and fat without air": np.where(trunk(radii=(8, 8)), 900, 350)
+    + np.random.default_rng(0).normal(0, 30, (44, 40, 20)),
+    "phase": np.random.default_rng(0).uniform(-4096, 4095, (44, 40, 20)),
+    "ringing below zero": noisy(trunk()) - 15,
+}
+
+
+@pytest.mark.parametrize("name", list(PLAIN))
+def test_an_mr_without_a_constant_background_is_left_alone(name):
+    assert background_offset(PLAIN[name]) == 0
+
+
+def test_preprocessing_of_a_shifted_mr_finds_the_same_body(tmp_path):
+    mr = noisy(np.pad(trunk(), ((6, 6), (6, 6), (0, 0))))
+    paths = [str(save(tmp_path / f"{offset}.nii", mr + offset)) for offset in (0, 1000)]
+    plain, shifted = (Preprocess((2, 2, 2), correct_bias=False)({"image": path}) for path in paths)
+    assert plain["body"].shape == shifted["body"].shape
+    assert (plain["body"] != shifted["body"]).float().mean() < 0.01
+    np.testing.assert_allclose(plain["image"], shifted["image"], atol=5)
+
+
+@pytest.mark.integration
+def test_shading_is_found_and_an_even_mr_stays_nearly_even():
+    body = trunk((88, 80, 60), (36, 32))
+    even = np.where(body, 600.0, 0.0) + np.random.default_rng(0).uniform(0, 20, body.shape)
+    y = np.linspace(-1, 1, 80)[:, None]
+    for factor, limits in ((np.exp(0.7 * y), (0.02, 0.12)), (1.0, (0, 0.02))):
+        log = np.log(np.asarray(CorrectBiasFieldd("image")({"image": tensor(even * factor)})["image"][0])[body])
+        assert np.std(log) < limits[1]
+        assert np.median(log) == pytest.approx(np.log(np.median((even * factor)[body])), abs=0.05)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", ["abdomen_t1_gre_ge", "abdomen_t1_opposed_ge"])
+def test_real_shading_does_not_cut_the_thorax_away(real_data, name):
+    """Lungs, chest wall and arms are body: of the upper third all but the armpits and the dark upper edge."""
+    data = {"image": str(real_data / f"torso_mr/{name}.nii.gz")}
+    for transform in Preprocess((2, 2, 2)).transform.transforms:
+        data = transform(data)
+        if "body" in data:
+            break
+    body = np.asarray(data["body"][0]) > 0.5
+    assert 0.75 < body.mean() < 0.95
+    assert body[50:150, :, 140:190].mean() > 0.95
+
+
 # intensity standard
 
 
@@ -254,6 +398,22 @@ def test_one_key_alone_has_one_grid():
     assert SameGridd("image")(data)["image"] is data["image"]
 
 
+# resampling in slabs
+
+
+@pytest.mark.parametrize("spacing", [(2, 2, 2), (0.7, 3.1, 1.3), (5, 0.4, 9)])
+def test_resampling_is_that_of_monai(spacing):
+    rotated = np.array([[1.2, 0.3, 0, 4], [-0.2, 2.4, 0.5, 5], [0, -0.4, 3.1, 6], [0, 0, 0, 1]])
+    image = MetaTensor(torch.rand(1, 17, 12, 9), affine=rotated, meta={"filename_or_obj": "mr.nii"})
+    ours = ToSpacingd("image", spacing)({"image": image})["image"]
+    monai = Spacingd("image", pixdim=spacing, mode="bilinear", padding_mode="border")({"image": image})["image"]
+    assert ours.shape == monai.shape and ours.meta["filename_or_obj"] == "mr.nii"
+    np.testing.assert_allclose(ours.affine, monai.affine, atol=1e-6)
+    np.testing.assert_allclose(ours, monai, atol=1e-4)
+    slabs = resample(image, ours.affine, ours.shape[1:], slab_voxels=1)
+    np.testing.assert_allclose(slabs, ours, atol=1e-4)
+
+
 # from files to what the networks see
 
 
@@ -278,7 +438,7 @@ def test_preprocessing_gives_mr_ct_and_body_on_one_ras_grid_around_the_body(pair
 
 
 def test_preprocessing_keeps_mr_and_ct_together_and_in_place(pair):
-    data = Preprocess((2, 2, 2), label=True)(pair)
+    data = Preprocess((2, 2, 2), label=True, correct_bias=False)(pair)
     np.testing.assert_allclose(data["label"], linear_hu(np.asarray(data["image"])), atol=0.1)
     source = nib.load(pair["image"])
     to_voxels = np.linalg.inv(source.affine) @ data["image"].affine.numpy()

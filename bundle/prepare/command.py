@@ -20,16 +20,18 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, CropForegroundd, Orientationd, ResampleToMatch, Spacingd
 from tqdm import tqdm
 
-from bundle.prepare.cleaning import CorrectBiasFieldd, RemoveCouchd
+from bundle.prepare.cleaning import RemoveCouchd
 from bundle.prepare.patients import SPLITS, Patient, find_patients, load_patient
 from bundle.prepare.registration import PARAMETERS, STAGES, crop_around, measure, measure_motion, register
 from bundle.prepare.report import overlay, page
 from custom_modules.data.body import BodyMaskd, CropAboveShouldersd
+from custom_modules.data.mr import CorrectBiasFieldd, SubtractBackgroundd
 from custom_modules.data.transforms import StandardizeMRd
 from custom_modules.data.volumes import write_volume
 from custom_modules.errors import InputError, one_line, stop
 from custom_modules.files import atomic_write, inside, writable_or_stop, write_json, write_text
 from custom_modules.memory import peak_memory_gib
+from custom_modules.settings import PREPARATION, parse_settings
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +108,7 @@ def prepare(input: str, output: str, workers: int = 1, **settings: Any) -> None:
             True; --test 0.2, --validation 0 and --seed 0 of the split; the limits --min_dice,
             --min_mutual_information, --max_deformation, --max_folded and --min_covered.
     """
+    settings = parse_settings(settings, PREPARATION)
     split = {name: settings.pop(name, default) for name, default in (("test", 0.2), ("validation", 0.0), ("seed", 0))}
     limits = Limits(**{f.name: settings.pop(f.name) for f in fields(Limits) if f.name in settings})
     how = _settings(settings)
@@ -130,15 +133,8 @@ def prepare(input: str, output: str, workers: int = 1, **settings: Any) -> None:
 
 
 def _settings(values: Mapping[str, Any]) -> Settings:
-    names = [f.name for f in fields(Settings)]
-    unknown = sorted(set(values) - set(names))
-    if unknown:
-        known = ", ".join([*names, *(f.name for f in fields(Limits)), "test", "validation", "seed"])
-        raise InputError(f"no setting '{unknown[0]}'; there are {known}")
-    converted: dict[str, Any] = {k: tuple(map(float, v)) if k == "hu_window" else v for k, v in values.items()}
+    converted: dict[str, Any] = {k: tuple(v) if k == "hu_window" else v for k, v in values.items()}
     settings = Settings(**converted)
-    if settings.registration not in STAGES:
-        raise InputError(f"--registration {settings.registration}: give one of {', '.join(STAGES)}")
     for stage in STAGES[1 : STAGES.index(settings.registration) + 1]:
         if not Path(settings.parameters, f"{stage}.txt").is_file():
             raise InputError(f"--parameters {settings.parameters}: holds no {stage}.txt")
@@ -194,6 +190,7 @@ def clean(
     keys = ["image", "label"]
     steps = [
         Orientationd(keys, axcodes="RAS", labels=None),
+        SubtractBackgroundd("image"),
         *([CorrectBiasFieldd("image")] if settings.bias_correction else []),
         Spacingd("image", pixdim=[settings.spacing] * 3, mode="bilinear", padding_mode="border"),
     ]
@@ -264,8 +261,10 @@ def prepare_all(patients: Sequence[Patient], out: Path, settings: Settings, work
                     failures[jobs[job].name] = failure
                     bar.write(f"failed: {failure}")
                 bar.update()
-        except KeyboardInterrupt:
+        except BaseException:  # Ctrl-C and SIGTERM too: nobody waits for patients that were begun
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
             raise
     return {patient.name: failures[patient.name] for patient in patients if patient.name in failures}
 

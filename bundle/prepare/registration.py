@@ -17,7 +17,7 @@ from monai.data.itk_torch_bridge import metatensor_to_itk_image
 from monai.transforms import SpatialCrop
 from scipy import ndimage
 
-from custom_modules.data.body import body_mask, fill_holes_by_slice, largest_opened
+from custom_modules.data.body import body_mask, ct_tissue_mask, fill_cavities
 from custom_modules.data.hu import AIR_HU
 from custom_modules.errors import InputError
 from custom_modules.evaluation.metrics import dice
@@ -215,8 +215,8 @@ def mutual_information(mr: np.ndarray, ct: np.ndarray, mask: np.ndarray) -> floa
 
 
 def body_dice(mr: np.ndarray, ct: np.ndarray, region: np.ndarray) -> float:
-    """Dice overlap within ``region`` of the bodies in MR and CT (HU), both outlined where they are about half air."""
-    outlines = body_mask(mr, *OUTLINE), fill_holes_by_slice(largest_opened(ct > -300))
+    """Overlap within ``region`` of the bodies in MR and CT (HU), both outlined about where they are half air."""
+    outlines = body_mask(mr, *OUTLINE), fill_cavities(ct_tissue_mask(ct), upright=True)
     return dice(*(outline & region for outline in outlines))
 
 

@@ -10,37 +10,111 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import (
-    KeepLargestConnectedComponent,
-    MapTransform,
-)
+from monai.transforms import MapTransform
 from scipy import ndimage
+from skimage.filters import threshold_otsu
 
+from custom_modules.data.hu import TISSUE_HU
 from custom_modules.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+PART = 0.02  # of the largest part's volume: a second leg and an arm belong to the body, crumbs of noise or couch do not
+THRESHOLDS = (0.04, 0.1)  # of the 99th percentile, between which the one of air is looked for
+LEAST_SIGNAL = 1e-3  # of the 99th percentile; below is what was cleared or padded
+EDGE = 6  # voxels next to the faces of a volume that may be dark: the ends of a slab's profile, filtered corners
+SAMPLE = 2**20  # voxels that the threshold is found from
+
+
+def keep_parts(mask: np.ndarray, share: float = PART) -> np.ndarray:
+    """The components of a (D, H, W) mask of at least ``share`` of the largest one's volume: both legs and the arms
+    beside the trunk are body, crumbs of noise or of a couch are not."""
+    labels, number = ndimage.label(mask)
+    if number < 2:
+        return mask
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    return (sizes >= share * sizes.max())[labels]
+
+
+def open_mask(mask: np.ndarray) -> np.ndarray:
+    """Open a (D, H, W) mask by one voxel. Edges count as going on outside, so that a body that is cut by the field of
+    view, or only two slices thick, stays."""
+    return ndimage.binary_opening(np.pad(mask, 1, mode="edge"))[1:-1, 1:-1, 1:-1]
+
 
 def fill_holes_by_slice(mask: np.ndarray) -> np.ndarray:
     """Fill the holes of each slice along the last axis of a (D, H, W) mask."""
-    return np.stack([ndimage.binary_fill_holes(plane) for plane in np.moveaxis(mask, -1, 0)], axis=-1)
+    filled = np.empty_like(mask)
+    for k in range(mask.shape[-1]):
+        filled[..., k] = ndimage.binary_fill_holes(mask[..., k])
+    return filled
 
 
-def largest_opened(mask: np.ndarray) -> np.ndarray:
-    """Open a (D, H, W) mask by one voxel and keep its largest component. Edges count as going on outside, so that a
-    body that is cut by the field of view, or only two slices thick, stays."""
-    opened = ndimage.binary_opening(np.pad(mask, 1, mode="edge"))[1:-1, 1:-1, 1:-1]
-    return np.asarray(KeepLargestConnectedComponent()(torch.from_numpy(opened[None])))[0].astype(bool)
+def fill_cavities(mask: np.ndarray, upright: bool = False) -> np.ndarray:
+    """Fill lungs, bowel gas and airways in a (D, H, W) mask of tissue, slices along the last axis.
+
+    A cavity is closed within its slice, or, where a face of the volume cuts it, within that face: a coronal slab goes
+    through the lungs, which are open to the front and back of its axial slices but have ribs and diaphragm around them
+    in the faces. The gap between two legs, or between arm and trunk, is open at the lower end. The planes next to a
+    face are filled like the face itself, for the outermost may be dark.
+
+    Args:
+        upright: the last axis goes up (RAS order): faces are closed at their upper edge, for fields of view that end
+            within the lungs.
+    """
+    closed = mask.copy()
+    for axis in (0, 1):
+        planes = np.moveaxis(closed, axis, 0)
+        for k in {*range(min(EDGE, len(planes))), *range(max(0, len(planes) - EDGE), len(planes))}:
+            planes[k] = _fill_face(planes[k], upright)
+    return fill_holes_by_slice(closed)
 
 
-def body_mask(mr: np.ndarray, threshold: float = 0.1, smoothing: float = 1.0) -> np.ndarray:
-    """The body in an MR: (D, H, W) in any unit to a bool mask.
+def _fill_face(face: np.ndarray, upright: bool) -> np.ndarray:
+    """Fill what is enclosed in (H, W), with ``upright`` also by a lid between the outermost tissue in the last
+    columns."""
+    edge = min(EDGE, face.shape[1] - 1) if upright else 0
+    below, above = face[:, : face.shape[1] - edge], face[:, face.shape[1] - edge :]
+    lid = between(np.asarray(above.any(axis=1)))
+    filled = ndimage.binary_fill_holes(np.concatenate([below, lid[:, None]], axis=1))[:, :-1]
+    cavity = between((filled & ~below)[:, -1]) & lid  # from lung to lung, with the spine that fades between them
+    return np.concatenate([filled, above | cavity[:, None]], axis=1)
 
-    Voxels above ``threshold`` times the 99th percentile of the smoothed volume (sigma ``smoothing`` voxels), opened,
-    the largest component, holes filled slice by slice: lungs, cortical bone and airways are dark but inside.
+
+def between(line: np.ndarray) -> np.ndarray:
+    """From the first to the last element of a line that is set."""
+    return np.logical_or.accumulate(line) & np.logical_or.accumulate(line[::-1])[::-1]
+
+
+def body_mask(mr: np.ndarray, threshold: float | None = None, smoothing: float = 0.7) -> np.ndarray:
+    """The body in an MR: (D, H, W) in any unit and RAS order to a bool mask.
+
+    Voxels above a threshold in the smoothed volume (sigma ``smoothing`` voxels), opened, all parts of at least a
+    fiftieth of the largest, cavities filled: lungs, cortical bone and airways are dark but inside.
+
+    Args:
+        threshold: a share of the 99th percentile; None: :func:`air_threshold`.
     """
     smooth = ndimage.gaussian_filter(np.asarray(mr, dtype=np.float32), smoothing)
-    return fill_holes_by_slice(largest_opened(smooth > threshold * np.percentile(smooth, 99)))
+    top = np.percentile(smooth, 99)
+    share = air_threshold(smooth, top) if threshold is None else threshold
+    return fill_cavities(keep_parts(open_mask(smooth > share * top)), upright=True)
+
+
+def air_threshold(mr: np.ndarray, top: float) -> float:
+    """The share of ``top`` (the 99th percentile) that parts air from tissue, by Otsu's method (1979) on the logarithm
+    of what has signal, between 0.04 and 0.1.
+
+    In the logarithm shading by a surface coil is a shift, and tissue far from the coil stays nearer to tissue than to
+    air. Where no air is in the field of view the upper limit holds, for then fat is parted from muscle.
+    """
+    low, high = THRESHOLDS
+    values = mr.ravel()[:: max(1, mr.size // SAMPLE)]
+    values = values[values > LEAST_SIGNAL * top]
+    if top <= 0 or values.size < 2 or values.min() == values.max():
+        return high
+    return float(np.clip(np.exp(threshold_otsu(np.log(values / top))), low, high))
 
 
 def ball(radius: float, spacing: np.ndarray) -> np.ndarray:
@@ -107,9 +181,15 @@ class CropAboveShouldersd(MapTransform):
 
 
 def ct_body_mask(ct: np.ndarray, mr: np.ndarray) -> np.ndarray:
-    """The voxels that count: the CT above -300 HU, opened, the largest component, holes filled by slice, where the
-    MR has signal. (D, H, W) HU and MR to bool."""
-    return fill_holes_by_slice(largest_opened(ct > -300)) & (mr > 0)
+    """The voxels that count: :func:`ct_tissue_mask` where the MR has signal. (D, H, W) HU and MR to bool."""
+    return ct_tissue_mask(ct) & (mr > 0)
+
+
+def ct_tissue_mask(ct: np.ndarray) -> np.ndarray:
+    """The body in a CT without a couch, by the rule of :func:`body_mask`: above -300 HU, opened, all parts of at least
+    a fiftieth of the largest, holes filled slice by slice. (D, H, W) HU to bool. What is open at the faces stays so:
+    there a CT that is cut off cannot be told from a lung."""
+    return fill_holes_by_slice(keep_parts(open_mask(ct > TISSUE_HU)))
 
 
 class ScoreMaskd(MapTransform):

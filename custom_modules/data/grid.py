@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, SpatialResample
+from monai.data.utils import compute_shape_offset, zoom_affine
+from monai.transforms import (
+    MapTransform,
+    SpatialResample,
+)
 from monai.utils import convert_to_tensor
 
 from custom_modules.errors import InputError
 
 GRID_TOLERANCE = 1e-2  # mm
+SLAB_VOXELS = 2**22  # that are resampled at once
 REGISTER = "register and resample the CT to the MR first"
 
 
@@ -30,43 +36,79 @@ def check_same_grid(volume: MetaTensor, reference: MetaTensor, advice: str = "")
         raise InputError(f"{names[0]}: its grid is not that of {names[1]}{advice and '; ' + advice}")
 
 
-class RestoreGridd(MapTransform):
-    """Resample ``keys`` once, from the grid of ``source`` back to the grid on which it was read.
+def resample(
+    volume: MetaTensor,
+    affine: torch.Tensor,
+    shape: Sequence[int],
+    align_corners: bool = False,
+    slab_voxels: int = SLAB_VOXELS,
+) -> MetaTensor:
+    """(C, D, H, W) interpolated on the grid of ``affine`` and ``shape``, float32; beyond the outermost samples the
+    nearest.
 
-    Voxels beyond the outermost samples take the nearest value, so that a field of view that cuts through the body ends
-    in tissue, not in air. The grid is filled slab by slab, because resampling needs several times the memory of its
-    result.
+    The grid is filled slab by slab, for resampling needs several times the memory of what it fills.
+    """
+    method = SpatialResample(mode="bilinear", padding_mode="border", align_corners=align_corners, dtype=torch.float32)
+    affine, shape = torch.as_tensor(affine, dtype=torch.float64), [int(size) for size in shape]
+    answer = torch.empty(len(volume), *shape)
+    thickness = min(max(2, slab_voxels // (shape[1] * shape[2])), shape[0])  # PyTorch needs two planes
+    for start in range(0, shape[0], thickness):
+        start = min(start, shape[0] - thickness)
+        slab, moved = answer[:, start : start + thickness], affine.clone()
+        moved[:3, 3] += start * affine[:3, 0]
+        slab.copy_(method(volume, dst_affine=moved, spatial_size=slab.shape[1:]).as_tensor())
+    return MetaTensor(answer, affine=affine)
+
+
+def resample_to_spacing(volume: MetaTensor, spacing: Sequence[float]) -> MetaTensor:
+    """(C, D, H, W) on a grid of ``spacing`` mm along the same axes and over the same extent, slab by slab; the header
+    goes along."""
+    affine = zoom_affine(np.asarray(volume.affine, dtype=np.float64), spacing, diagonal=False)
+    shape, offset = compute_shape_offset(volume.shape[1:], np.asarray(volume.affine), affine)
+    affine[:3, 3] = offset[:3]
+    answer = resample(volume, torch.from_numpy(affine), shape)
+    answer.meta = {**volume.meta, "affine": answer.affine}
+    return answer
+
+
+class ToSpacingd(MapTransform):
+    """Dictionary form of :func:`resample_to_spacing`."""
+
+    def __init__(self, keys: KeysCollection, spacing: Sequence[float]) -> None:
+        super().__init__(keys)
+        self.spacing = spacing
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        data = dict(data)
+        for key in self.key_iterator(data):
+            data[key] = resample_to_spacing(data[key], self.spacing)
+        return data
+
+
+class RestoreGridd(MapTransform):
+    """Resample ``keys`` once, from the grid of ``source`` back to the grid it was read on, by :func:`resample`: a field
+    of view that cuts through the body ends in tissue, not in air.
 
     Args:
         slab_voxels: approximate number of voxels in a slab.
     """
 
     def __init__(
-        self, keys: KeysCollection, source: str = "image", allow_missing_keys: bool = False, slab_voxels: int = 2**22
-    ) -> None:
+        self, keys: KeysCollection, source: str = "image", allow_missing_keys: bool = False,
+        slab_voxels: int = SLAB_VOXELS,
+    ) -> None:  # fmt: skip
         super().__init__(keys, allow_missing_keys)
         self.source, self.slab_voxels = source, slab_voxels
-        self.resample = SpatialResample(mode="bilinear", padding_mode="border", align_corners=True, dtype=torch.float32)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         data = dict(data)
         source = data[self.source]
         for key in self.key_iterator(data):
             values = convert_to_tensor(data[key], dtype=torch.float32, track_meta=False)
-            affine = torch.as_tensor(source.meta["source_affine"], dtype=torch.float64)
-            shape = [int(size) for size in source.meta["source_shape"]]
-            data[key] = self._restore(MetaTensor(values, affine=source.affine), affine, shape)
+            volume = MetaTensor(values, affine=source.affine)
+            grid = source.meta["source_affine"], source.meta["source_shape"]
+            data[key] = resample(volume, *grid, align_corners=True, slab_voxels=self.slab_voxels)
         return data
-
-    def _restore(self, volume: MetaTensor, affine: torch.Tensor, shape: Sequence[int]) -> MetaTensor:
-        result = torch.empty(len(volume), *shape)
-        thickness = min(max(2, self.slab_voxels // (shape[1] * shape[2])), shape[0])  # PyTorch needs two planes
-        for start in range(0, shape[0], thickness):
-            start = min(start, shape[0] - thickness)
-            slab, moved = result[:, start : start + thickness], affine.clone()
-            moved[:3, 3] += start * affine[:3, 0]
-            slab.copy_(self.resample(volume, dst_affine=moved, spatial_size=slab.shape[1:]).as_tensor())
-        return MetaTensor(result, affine=affine)
 
 
 class SameGridd(MapTransform):

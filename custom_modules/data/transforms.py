@@ -19,13 +19,13 @@ from monai.transforms import (
     RandScaleIntensityd,
     RandSpatialCropd,
     SelectItemsd,
-    Spacingd,
     SpatialPadd,
     Transform,
 )
 
 from custom_modules.data.body import BodyMaskd, CropAboveShouldersd
-from custom_modules.data.grid import SameGridd
+from custom_modules.data.grid import SameGridd, ToSpacingd
+from custom_modules.data.mr import CorrectBiasFieldd, SubtractBackgroundd
 from custom_modules.data.volumes import ReadVolumed
 from custom_modules.errors import InputError
 
@@ -66,14 +66,16 @@ class StandardizeMRd(MapTransform):
 class Preprocess(Transform):
     """From files to what the networks see, but for the last intensity scaling (section IV.A).
 
-    Read and check, orient to RAS, resample to ``spacing``, find the body, crop to its rectangular envelope, bring the
-    MR to the training set's scale. The CT goes along where there is one.
+    Read and check, orient to RAS, subtract a constant background, resample to ``spacing``, correct the coils' shading,
+    find the body, crop to its rectangular envelope, bring the MR to the training set's scale. The CT goes along where
+    there is one.
 
     Args:
         spacing: in mm.
         label: whether the data have a CT in ``label``, on the grid of the MR.
         crop_above_shoulders: cut away head and neck.
         mr_reference: see :class:`StandardizeMRd`.
+        correct_bias: divide the MR by its bias field, see :class:`~custom_modules.data.mr.CorrectBiasFieldd`.
         allow_ct: let the MR be a CT, see :class:`~custom_modules.data.volumes.ReadVolumed`.
     """
 
@@ -83,6 +85,7 @@ class Preprocess(Transform):
         label: bool = False,
         crop_above_shoulders: bool = False,
         mr_reference: float = 1050.0,
+        correct_bias: bool = True,
         allow_ct: bool = True,
     ) -> None:
         keys = ["image", "label"] if label else ["image"]
@@ -91,7 +94,9 @@ class Preprocess(Transform):
                 ReadVolumed(keys, allow_ct=allow_ct),
                 SameGridd(keys),
                 Orientationd(keys, axcodes="RAS", labels=None),
-                Spacingd(keys, pixdim=spacing, mode="bilinear", padding_mode="border"),
+                SubtractBackgroundd("image"),
+                ToSpacingd(keys, spacing),
+                *([CorrectBiasFieldd("image")] if correct_bias else []),
                 BodyMaskd("image"),
                 *([CropAboveShouldersd([*keys, "body"])] if crop_above_shoulders else []),
                 CropForegroundd([*keys, "body"], source_key="body", margin=1, allow_smaller=True),
