@@ -257,7 +257,7 @@ def test_a_class_in_one_of_them_only_is_named(cohort, labels):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda v: v.__iadd__(7), "classes 7, 8, 9 are other"),
+        (lambda v: v.__iadd__(7), "classes 7, 8, 9 differ"),
         (lambda v: v.__imul__(0.3), "not a label volume"),
         (lambda v: v.__isub__(1), "not a label volume"),
     ],

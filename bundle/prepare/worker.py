@@ -11,5 +11,4 @@ PARTS = (
     itk.ElastixRegistrationMethod,
     itk.TransformixFilter,
     itk.ParameterObject,
-    itk.N4BiasFieldCorrectionImageFilter,
 )
