@@ -50,7 +50,7 @@ def run(source: Path, output: Path, **settings: Any) -> tuple[float, float]:
 def main(repeats: int = 3) -> None:
     cases = {name: (*VOLUMES[name], 2.0, {}) for name in ("128³", "torso", "whole body")}
     cases["whole body at 1 mm, memory_limit 6"] = (*VOLUMES["whole body"], 1.0, {"memory_limit": 6})
-    cases["whole body, memory_limit 2.5"] = (*VOLUMES["whole body"], 2.0, {"memory_limit": 2.5})
+    cases["whole body, memory_limit 3"] = (*VOLUMES["whole body"], 2.0, {"memory_limit": 3})
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, (shape, share, spacing, settings)) in enumerate(cases.items()):
