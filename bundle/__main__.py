@@ -10,6 +10,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import itertools
 import sys
 import textwrap
 import typing
@@ -86,7 +87,7 @@ def run(name: str, arguments: list[str]) -> None:
 
 def _given(arguments: list[str], flag: str) -> bool:
     """Whether a command line sets ``flag``: ``--quiet``, ``--quiet true``, ``--quiet=yes``."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         name, _, value = argument.partition("=")
         if name == flag:
             return (value or following).lower() not in FALSE

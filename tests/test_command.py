@@ -118,6 +118,7 @@ def test_the_version_is_that_of_the_metadata():
         (["a", "--quiet"], "--quiet", True),
         (["--quiet", "false"], "--quiet", False),
         (["--quiet=yes"], "--quiet", True),
+        ([], "--quiet", False),
         (["--quiet=0"], "--quiet", False),
         (["--quiet", "true"], "--verbose", False),
         (["--quiet", "--seed", "0"], "--quiet", True),
