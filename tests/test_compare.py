@@ -44,7 +44,7 @@ TINY = {
 }  # fmt: skip
 FAST = {
     "steps_per_epoch": 2, "max_epochs": 1, "amp": False, "augmented_copies": 1, "batch_size": 2, "validations": 1,
-    "device": "$torch.device('cpu')",
+    "device": "$torch.device('cpu')", "correct_bias": False,
 }  # fmt: skip
 QUICK = ("ddim", "controlnet", "cyclegan", "pix2pix", "full")
 
