@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from bundle.montage import montage  # noqa: E402
+from bundle.style import STYLE  # noqa: E402
 from custom_modules.data.body import ct_body_mask
 from custom_modules.data.grid import check_same_grid  # noqa: E402
 from custom_modules.data.hu import BONE_HU
@@ -45,15 +46,6 @@ SPREAD = {
     "sd_coverage_95": "in the 95 % interval", "sd_soft_coverage_95": "soft tissue in 95 %",
     "sd_bone_coverage_95": "bone in 95 %", "sd_ence": "ENCE", "sd_spearman": "Spearman", "sd_ause": "AUSE",
 }  # fmt: skip
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h2 { border-top: 1px solid #ccc; padding-top: 1rem; margin-top: 2.5rem } h1, h2, h3 { line-height: 1.2 }
-table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; font-size: .87em }
-th, td { border-bottom: 1px solid #ddd; padding: .2rem .6rem; text-align: right } th:first-child, td:first-child
-{ text-align: left } th { font-weight: 600; vertical-align: bottom } img { max-width: 100%; height: auto }
-.warning { background: #fff3d6; border-left: 4px solid #d99400; padding: .4rem .8rem; margin: .5rem 0 }
-figure { margin: 1rem 0 } figcaption { color: #555; font-size: .9em } pre { white-space: pre-wrap; font-size: .85em }
-"""
 
 
 def report(out: str, output: str | None = None) -> None:

@@ -1,7 +1,8 @@
 """The pages: every link leads somewhere, and docs/method.md finds each equation, figure and table of the paper in the
 code. Plain text; no torch.
 
-``python tests/test_docs.py`` moves the line anchors of docs/method.md to where the symbols stand now.
+``python tests/test_docs.py`` moves the line anchors of docs/method.md to where the symbols stand now, and writes
+docs/settings.md.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -16,7 +18,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-METHOD = ROOT / "docs" / "method.md"
+sys.path.insert(0, str(ROOT))
+
+from bundle.__main__ import settings_page  # noqa: E402
+
+METHOD, SETTINGS_PAGE = ROOT / "docs" / "method.md", ROOT / "docs" / "settings.md"
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 LINK = re.compile(r"!?\[([^\]]*)\]\(([^)\s]+)\)")
 ANCHORED = re.compile(r"\[`([\w.#]+)`\]\((\.\./[\w./]+)#L(\d+)\)")
@@ -173,7 +179,12 @@ def test_readmes_scores_are_those_of_the_model_card():
         assert figures.strip() in card, (name, figures)
 
 
+def test_the_page_of_settings_is_that_of_the_table():
+    assert SETTINGS_PAGE.read_text() == settings_page()
+
+
 if __name__ == "__main__":
+    SETTINGS_PAGE.write_text(settings_page())
 
     def moved(match: re.Match) -> str:
         line = symbols(METHOD.parent / match[2]).get(match[1])

@@ -15,12 +15,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from bundle.montage import WINDOWS, _planes  # noqa: E402
+from bundle.style import STYLE  # noqa: E402
 from custom_modules.data.hu import BONE_HU
 
 CONTOURS = {-300.0: "deepskyblue", BONE_HU: "gold"}  # HU: skin and bone
-STYLE = """body{font:15px/1.4 sans-serif;margin:2em auto;max-width:75em;color:#222}table{border-collapse:collapse}
-td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}
-.out td,.out h2{color:#b00}img{max-width:100%}h2{margin:2em 0 .2em}p{margin:.2em 0}"""
 COLUMNS = {
     "state": ("", "{}"),
     "stage": ("registration", "{}"),
