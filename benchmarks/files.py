@@ -37,7 +37,7 @@ def write(path: Path, shape: tuple[int, int, int], share: float, spacing: float)
 def run(source: Path, output: Path, **settings: Any) -> tuple[float, float]:
     """Seconds and GiB of one call of the command."""
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/inference.yaml"]
-    for name, value in {"dataset_dir": source, "output_dir": output, "inferer#progress": False, **settings}.items():
+    for name, value in {"dataset_dir": source, "output_dir": output, "quiet": True, **settings}.items():
         command += [f"--{name}", str(value)]
     started = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
