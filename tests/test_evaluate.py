@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, save, small_torso
+from conftest import ROOT, TINY, files_in, save, small_torso
 from monai.bundle import ConfigWorkflow
 
 from bundle.calibrate import calibrate, guard
+from bundle.evaluate import evaluate
 from custom_modules.data.body import ct_body_mask
 from custom_modules.data.hu import TISSUES
 from custom_modules.data.volumes import read_volume
@@ -398,3 +399,13 @@ def test_guard_measures_the_training_split_and_then_takes_it_for_usual(cohort, c
     stored = json.loads((cohort / "guard.json").read_text())
     assert stored["patients"] == 2 and stored["model_sha256"] == sha256(checkpoint)
     assert stored["measures"]["coarsest spacing"]["low"] == pytest.approx(SPACING)
+
+
+def test_pictures_go_to_the_output_and_one_that_cannot_be_drawn_stops_nothing(cohort, caplog):
+    """The folder of the predictions may be read-only; here a folder stands where a picture would be written."""
+    before = files_in(cohort / "pred")
+    (cohort / "out" / "p1_sct.png").mkdir(parents=True)
+    evaluate(str(cohort), output_dir=str(cohort / "out"), pred_dir=str(cohort / "pred"))
+    assert files_in(cohort / "pred") == before and (cohort / "out" / "p2_sct.png").is_file()
+    assert [row["patient"] for row in rows_of(cohort) if row["system"] == "3D-WLDM"] == ["p1", "p2"]
+    assert any("p1: no picture" in record.message for record in caplog.records)
