@@ -1,6 +1,6 @@
 """Draw the picture of README.md: MR, synthetic CT, CT and error of one test patient, axial and coronal.
 
-python -m bundle synthesize DIR/sts/STS_017/mr.nii.gz --output sct.nii.gz
+python -m bundle synthesize DIR/sts/STS_017/mr.nii.gz --output_dir sct.nii.gz
 python benchmarks/picture.py DIR/sts/STS_017 sct.nii.gz docs/figures/limb.png
 """
 

@@ -370,11 +370,13 @@ def check_settings(parser: ConfigParser, given: Sequence[str] = ()) -> bool:
         if name not in content or (name not in used and name not in STRUCTURE):
             raise InputError(f"no setting '{name}' in this config{_suggestion(name, used & set(SETTINGS))}")
     for name, value in content.items():
-        if name in SETTINGS and not _is_expression(value) and not _has_expression(value):
+        if name in SETTINGS and not _is_literal(value):
+            continue  # an expression, which is evaluated later
+        if name in SETTINGS:
             parsed = SETTINGS[name].parse(name, value)
             if parsed != value:
                 content[name], converted = parsed, True
-        elif name not in SETTINGS and name not in used and name not in STRUCTURE and name not in config_ids():
+        elif name not in used and name not in STRUCTURE and name not in config_ids():
             raise InputError(f"no setting '{name}'{_suggestion(name, SETTINGS)}")
     return converted
 
@@ -384,12 +386,11 @@ STRUCTURE = frozenset(
 )
 
 
-def _has_expression(value: Any) -> bool:
-    return (
-        not isinstance(value, (bool, int, float, str))
-        and not (value is None or _is_plain(value))
-        or (isinstance(value, (list, tuple)) and any(_is_expression(item) for item in value))
-    )
+def _is_literal(value: Any) -> bool:
+    """Whether a value, and each item of a list, is given as it is."""
+    if isinstance(value, (list, tuple)):
+        return all(_is_literal(item) for item in value)
+    return _is_plain(value) and not _is_expression(value)
 
 
 def _references(node: Any) -> Iterator[str]:

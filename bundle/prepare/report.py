@@ -16,9 +16,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from bundle.montage import WINDOWS, _planes  # noqa: E402
 from bundle.style import STYLE  # noqa: E402
-from custom_modules.data.hu import BONE_HU
+from custom_modules.data.hu import BONE_HU, TISSUE_HU
 
-CONTOURS = {-300.0: "deepskyblue", BONE_HU: "gold"}  # HU: skin and bone
+CONTOURS = {TISSUE_HU: "deepskyblue", BONE_HU: "gold"}  # HU: skin and bone
 COLUMNS = {
     "state": ("", "{}"),
     "stage": ("registration", "{}"),
