@@ -10,7 +10,8 @@ from conftest import ROOT
 
 # each room imports from those above it and from itself only
 LAYERS = [
-    {"errors", "messages", "tiling", "distributed"}, {"files", "settings", "memory"}, {"networks", "data"},
+    {"errors", "messages", "tiling", "distributed"}, {"files", "settings", "memory"},
+    {"config_check"}, {"networks", "data"},
     {"inference"}, {"training", "evaluation"}, {"baselines"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from monai.bundle import ConfigParser
 
-from custom_modules import settings
+from custom_modules.config_check import STRUCTURE, check_settings, given_on_command_line
 from custom_modules.errors import InputError
-from custom_modules.settings import SETTINGS, Setting, check_settings, given_on_command_line, number, parse_bool
+from custom_modules.settings import SETTINGS, Setting, number, parse_bool
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
@@ -50,7 +50,7 @@ def test_every_plain_value_of_the_inference_config_is_in_the_table_or_belongs_to
     )
     components = {"handlers"}
     for name, value in ConfigParser.load_config_file(str(INFERENCE)).items():
-        if not isinstance(value, dict) and name not in settings.STRUCTURE | network | components:
+        if not isinstance(value, dict) and name not in STRUCTURE | network | components:
             assert name in SETTINGS or str(value).startswith("$"), name
 
 

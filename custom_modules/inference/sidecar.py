@@ -12,11 +12,11 @@ from typing import Any
 import monai
 import torch
 
+from custom_modules.config_check import result_settings
 from custom_modules.data.volumes import sibling_path, volume_files
 from custom_modules.errors import InputError
 from custom_modules.files import sha256, to_plain, write_json
 from custom_modules.memory import peak_memory_gib
-from custom_modules.settings import result_settings
 
 
 class Sidecar:
@@ -29,7 +29,7 @@ class Sidecar:
         device: whose peak memory is recorded.
         calibration: of the standard deviation, for several samples.
         settings: of the synthesis, such as seed, steps and HU window; when None, those of the running config that
-            change the result (:func:`~custom_modules.settings.result_settings`).
+            change the result (:func:`~custom_modules.config_check.result_settings`).
     """
 
     def __init__(

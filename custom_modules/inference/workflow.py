@@ -10,8 +10,8 @@ from typing import Any
 from monai.bundle import ConfigWorkflow
 
 from custom_modules import BUNDLE_ROOT
+from custom_modules.config_check import check_settings
 from custom_modules.errors import InputError
-from custom_modules.settings import check_settings
 
 # MONAI warns that it does not configure logging, as requested
 logging.getLogger("monai.bundle.workflows").addFilter(lambda record: "skipping logging" not in str(record.msg))

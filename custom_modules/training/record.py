@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from custom_modules.config_check import plain_settings
 from custom_modules.files import write_json
-from custom_modules.settings import plain_settings
 
 
 class RunRecord:
