@@ -32,7 +32,6 @@ from custom_modules.networks.synthesizer import Synthesizer  # noqa: E402
 STAGES = {
     "1": ["train.yaml", "train_autoencoder.yaml"],
     "2": ["train.yaml"],
-    "3": ["train.yaml", "finetune.yaml"],
     "U-Net": ["train.yaml", "train_autoencoder.yaml", "baselines/unet.yaml"],
 }
 
@@ -56,16 +55,13 @@ def case(stage: str | int, size: int, steps: int, dataset_dir: str, scratch: str
     torch.manual_seed(0)
     network = Synthesizer()
     torch.save(network.autoencoder.state_dict(), Path(scratch) / "autoencoder.pt")
-    network.latent_std.fill_(0.9)
-    torch.save(network.state_dict(), Path(scratch) / "model.pt")
     settings = {"autoencoder_checkpoint": f"{scratch}/autoencoder.pt"} if stage == "2" else {}
-    settings |= {"initial_checkpoint": f"{scratch}/model.pt"} if stage == "3" else {}
     workflow = ConfigWorkflow(
         config_file=[str(ROOT / "configs" / name) for name in STAGES[stage]], workflow_type="train",
         dataset_dir=dataset_dir, output_dir=f"{scratch}/{stage}_{size}", roi_size=[size] * 3, steps_per_epoch=steps,
         max_epochs=1, val_interval=2, check_data=False, adversarial_warmup=0, **settings,
     )  # fmt: skip
-    if stage in "23":
+    if stage == "2":
         workflow.parser["augmented_copies"] = 1
     workflow.initialize()
     times: dict[str, list[float]] = {"wait": [], "step": []}

@@ -30,6 +30,7 @@ COMMANDS = {
     "demo": ("bundle.demo", "inference"),
     "prepare": ("bundle.prepare.command", None),
     "phantom": ("bundle.phantom.command", None),
+    "simulate": ("bundle.simulate", None),
     "compare": ("bundle.compare.command", "train"),
     "calibrate": ("bundle.calibrate", "inference"),
     "guard": ("bundle.calibrate", "inference"),
@@ -215,7 +216,7 @@ def settings_page() -> str:
         "",
     ]
     seen: set[str] = set()
-    for config in ("inference", "train", "train_autoencoder", "finetune", "equal_time", "evaluate"):
+    for config in ("inference", "train", "train_autoencoder", "finetune", "whole_body", "equal_time", "evaluate"):
         content = yaml.safe_load(Path(BUNDLE_ROOT, "configs", f"{config}.yaml").read_text(encoding="utf-8"))
         names = [name for name in SETTINGS if name in content and name not in seen]
         seen |= set(names)

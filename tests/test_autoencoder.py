@@ -33,7 +33,7 @@ def test_latent_is_smaller_by_the_downsampling_factor(stem, levels, factor):
 
 def test_one_set_of_weights_serves_both_modalities():
     assert list(inspect.signature(WaveletAutoencoderKL.encode).parameters) == ["self", "image"]
-    assert list(inspect.signature(WaveletAutoencoderKL.decode).parameters) == ["self", "latent"]
+    assert list(inspect.signature(WaveletAutoencoderKL.decode).parameters) == ["self", "latent", "detail"]
     network = tiny().eval()
     mr, ct = torch.randn(2, 1, 1, 8, 8, 8)
     together = network.encode(torch.cat([mr, ct]))[0]

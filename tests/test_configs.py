@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, ramp, save
+from conftest import ROOT, TINY, ramp, save, tiny_network
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata
 
 from custom_modules.networks.synthesizer import Synthesizer
-from custom_modules.networks.weights import read_weights
+from custom_modules.networks.weights import read_weights, save_weights
 
 STAGES = ("train", "train+train_autoencoder", "train+finetune")
 CONFIGS = {name: [ROOT / "configs" / f"{part}.yaml" for part in name.split("+")] for name in ("inference", *STAGES)}
@@ -54,11 +54,18 @@ def data(tmp_path_factory) -> Path:
 def workflow(data, checkpoint, tmp_path_factory):
     """Make the workflow of a config, with tiny networks, on the tiny data."""
 
+    autoencoder_weights = tmp_path_factory.mktemp("weights") / "autoencoder.pt"
+    save_weights(tiny_network().autoencoder, autoencoder_weights)
+
     def make(name: str) -> ConfigWorkflow:
         autoencoder, denoiser = TINY["network_def#autoencoder"], TINY["network_def#denoiser"]
         networks = {
             "inference": {**TINY, "checkpoint": str(checkpoint)},
-            "train": {"denoiser": denoiser, "network_def#autoencoder": autoencoder},
+            "train": {
+                "denoiser": denoiser,
+                "network_def#autoencoder": autoencoder,
+                "autoencoder_checkpoint": str(autoencoder_weights),
+            },
             "train+train_autoencoder": {"network_def": autoencoder},
         }[name]
         made = ConfigWorkflow(

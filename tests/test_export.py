@@ -25,6 +25,7 @@ from custom_modules.errors import InputError
 from custom_modules.inference import tensorrt
 from custom_modules.networks.autoencoder import WaveletAutoencoderKL
 from custom_modules.networks.denoiser import LatentDenoiser
+from custom_modules.networks.skip import MRSkip
 from custom_modules.networks.synthesizer import Synthesizer
 from custom_modules.networks.weights import save_weights
 
@@ -41,8 +42,10 @@ SETTINGS = {
 def network() -> Synthesizer:
     network = tiny_network()
     network.autoencoder, network.denoiser = WaveletAutoencoderKL(**AUTOENCODER), LatentDenoiser(**DENOISER)
+    network.mr_skip = MRSkip(network.autoencoder)
     for dsca in network.denoiser.skip:  # silent in a fresh network
         torch.nn.init.normal_(dsca.structure_emphasis.out.weight)
+    torch.nn.init.normal_(network.mr_skip.layers[-1].weight)
     for modality in ("MR", "CT"):
         network.set_latent_scale(modality, [torch.randn(4, 9, 9, 9)])
     return network.eval().requires_grad_(False)
@@ -89,9 +92,11 @@ def test_encoder_and_decoder_take_any_batch_and_size(exported, programs, network
     image = torch.rand(batch, 1, *size) * 2 - 1
     latent = network.encode(image, "MR")
     torch.testing.assert_close(run(exported, "encoder", image), latent, atol=TOLERANCE, rtol=0)
-    torch.testing.assert_close(run(exported, "decoder", latent), network.decode(latent), atol=TOLERANCE, rtol=0)
-    for part, x, expected in (("encoder", image, latent), ("decoder", latent, network.decode(latent))):
-        torch.testing.assert_close(programs[part].module()(x), expected, atol=TOLERANCE, rtol=0)
+    ct = network.decode(latent, mr=image)
+    assert not torch.allclose(ct, network.decode(latent))
+    torch.testing.assert_close(run(exported, "decoder", latent, image), ct, atol=TOLERANCE, rtol=0)
+    for part, inputs, expected in (("encoder", (image,), latent), ("decoder", (latent, image), ct)):
+        torch.testing.assert_close(programs[part].module()(*inputs), expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("timesteps, size", [([999], (16, 16, 16)), ([0, 500, 7], (24, 16, 32))])
@@ -109,7 +114,7 @@ def test_the_parts_and_the_record_are_enough_to_synthesise(exported, network):
     mr, noise = torch.rand(1, 1, 32, 32, 32) * 2 - 1, torch.randn(1, 4, 16, 16, 16)
     v = run(exported, "denoiser", torch.cat([noise, run(exported, "encoder", mr)], dim=1), torch.tensor([999]))
     assert record["prediction"] == "v"
-    ct = run(exported, "decoder", signal**0.5 * noise - (1 - signal) ** 0.5 * v)
+    ct = run(exported, "decoder", signal**0.5 * noise - (1 - signal) ** 0.5 * v, mr)
     torch.testing.assert_close(ct, network(mr, noise), atol=TOLERANCE, rtol=0)
 
 

@@ -48,7 +48,7 @@ class Mirror(nn.Module):
         blocks = image.reshape(-1, d, FACTOR, h, FACTOR, w, FACTOR)
         return blocks.permute(0, 2, 4, 6, 1, 3, 5).flatten(1, 3).clone()
 
-    def decode(self, latent):
+    def decode(self, latent, mr):
         blocks = latent.unflatten(1, (FACTOR, FACTOR, FACTOR)).permute(0, 4, 1, 5, 2, 6, 3)
         return blocks.flatten(5, 6).flatten(3, 4).flatten(1, 2)[:, None].clone()
 
@@ -73,6 +73,7 @@ def tiny(prediction="v"):
     )
     for module in network.denoiser.skip:  # silent in a fresh network
         nn.init.normal_(module.structure_emphasis.out.weight, std=0.2)
+    nn.init.normal_(network.mr_skip.layers[-1].weight, std=0.2)
     for modality in ("MR", "CT"):
         network.set_latent_scale(modality, network.autoencoder.encode(torch.randn(4, 1, 16, 16, 16))[0].detach())
     return network.eval()
@@ -274,10 +275,10 @@ def test_when_memory_runs_out_smaller_tiles_give_the_same(caplog):
     network, mr = Mirror(), volume(96, 80, 80)
 
     def limited(work, most):
-        def run(x, *args):
+        def run(x, *args, **kwargs):
             if x.numel() > most:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return work(x, *args)
+            return work(x, *args, **kwargs)
 
         return run
 
@@ -342,7 +343,9 @@ def test_the_autoencoder_is_in_single_precision_all_the_same(sampling):
         setattr(
             network,
             name,
-            lambda *args, work=work, calls=calls: calls.append(torch.is_autocast_enabled("cpu")) or work(*args),
+            lambda *args, work=work, calls=calls, **kwargs: (
+                calls.append(torch.is_autocast_enabled("cpu")) or work(*args, **kwargs)
+            ),
         )
     inferer(amp=True, **CUT[sampling])(mr, network, slab(mr, 20))
     assert all(mixed.values()), "each was called"

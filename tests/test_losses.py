@@ -114,7 +114,7 @@ def test_losses_count_only_valid_voxels():
     prediction[..., 0] = 7.0  # these latent voxels are not valid either
     assert ValidL1Loss()(image, (ct, valid.bool())) == pytest.approx(0.5)
     assert LatentDiffusionLoss()(prediction, (clean, valid)) == pytest.approx(1.0)
-    assert EstimateLoss(0.1)((prediction, image), (clean, valid, ct)) == pytest.approx(0.5 + 0.1 * 1.0)
+    assert EstimateLoss(1.0, 0.1)((prediction, image), (clean, valid, ct)) == pytest.approx(0.5 + 0.1 * 1.0)
 
 
 def test_where_everything_is_valid_the_latent_loss_is_the_mean_square():

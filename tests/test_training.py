@@ -12,7 +12,6 @@ from custom_modules.errors import InputError
 from custom_modules.networks.autoencoder import WaveletAutoencoderKL
 from custom_modules.networks.schedule import DDIMSchedule
 from custom_modules.training.batches import (
-    EstimatePrepareBatch,
     LatentPrepareBatch,
     OneStepEstimate,
     PairPrepareBatch,
@@ -21,7 +20,7 @@ from custom_modules.training.batches import (
     SynthesisPrepareBatch,
 )
 from custom_modules.training.latents import LatentDataset
-from custom_modules.training.losses import valid_voxels
+from custom_modules.training.losses import EstimateLoss, LatentDiffusionLoss, valid_voxels
 
 
 def latents(phantoms, network, **kwargs):
@@ -38,7 +37,11 @@ def test_latents_are_normalised_distinct_and_of_the_crops_size(phantoms):
     assert network.has_latent_scale and len(dataset.sizes) == 3
     item = dataset[0]
     assert item["image"].shape == item["z_mr"].shape == (4, 8, 8, 8)
-    assert item["valid"].shape == (1, 32, 32, 32) and item["patient"] == "p0" and "label" not in item
+    assert (
+        item["valid"].shape == (1, 32, 32, 32)
+        and item["patient"] == "p0"
+        and item["label"].shape == item["mr"].shape == (1, 32, 32, 32)
+    )
     for key in ("image", "z_mr"):
         channels = torch.cat([patient[0][key].float().flatten(1) for patient in dataset.latents], dim=1)
         torch.testing.assert_close(channels.mean(1), torch.zeros(4), atol=5e-3, rtol=0)
@@ -49,9 +52,9 @@ def test_latents_are_normalised_distinct_and_of_the_crops_size(phantoms):
 
 def test_the_same_seed_encodes_the_same_copies_and_a_known_latent_scale_is_kept(phantoms):
     network = tiny_network()
-    one = latents(phantoms, network, images=True, amp=False)
+    one = latents(phantoms, network, amp=False)
     mean = network.latent_mean.clone()
-    other = latents(phantoms, network, images=True, amp=False)
+    other = latents(phantoms, network, amp=False)
     assert torch.equal(network.latent_mean, mean)
     for a, b in zip(one.latents, other.latents):
         for x, y in zip(a, b):
@@ -60,7 +63,7 @@ def test_the_same_seed_encodes_the_same_copies_and_a_known_latent_scale_is_kept(
 
 
 def test_a_crop_of_the_ct_is_where_the_crop_of_the_latent_is(phantoms):
-    dataset = latents(phantoms, tiny_network(), images=True)
+    dataset = latents(phantoms, tiny_network())
     (version, *_) = dataset.latents[1]
     dataset.latents[1] = [version]
     version["image"] = torch.nn.functional.avg_pool3d(version["label"].float()[None], 4)[0]
@@ -74,8 +77,9 @@ def test_a_crop_of_the_ct_is_where_the_crop_of_the_latent_is(phantoms):
 def test_stage_two_batches_follow_the_forward_process(prediction):
     torch.manual_seed(0)
     schedule = DDIMSchedule(prediction=prediction)
-    batch = {key: torch.randn(3, 4, 4, 4, 4) for key in ("image", "z_mr")} | {"valid": torch.ones(3, 1, 16, 16, 16)}
-    clean, (target, valid), _, kwargs = LatentPrepareBatch(schedule)(batch, "cpu")
+    batch = {key: torch.randn(3, 4, 4, 4, 4) for key in ("image", "z_mr")}
+    batch |= {key: torch.ones(3, 1, 16, 16, 16) for key in ("valid", "mr", "label")}
+    clean, (target, *_), _, kwargs = LatentPrepareBatch(schedule)(batch, "cpu")
     noisy = schedule.add_noise(clean, kwargs["noise"], kwargs["timesteps"])
     torch.testing.assert_close(kwargs["condition"], batch["z_mr"])
     for n, t in enumerate(kwargs["timesteps"].tolist()):
@@ -83,12 +87,15 @@ def test_stage_two_batches_follow_the_forward_process(prediction):
         torch.testing.assert_close(recovered, clean[n], atol=2e-2 if prediction == "epsilon" else 1e-4, rtol=0)
 
 
-def test_half_of_a_fine_tuning_batch_starts_where_sampling_does():
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.5, 2), (1.0, 4)])
+def test_a_share_of_a_batch_starts_where_sampling_does(share, count):
+    torch.manual_seed(0)
     schedule = DDIMSchedule()
     batch = {k: torch.randn(4, 4, 2, 2, 2) for k in ("image", "z_mr")}
-    batch |= {k: torch.rand(4, 1, 8, 8, 8) for k in ("label", "valid")}
-    _, (target, valid, ct), _, kwargs = EstimatePrepareBatch(schedule)(batch, "cpu")
-    assert kwargs["timesteps"][:2].tolist() == [schedule.inference_timesteps(1)[0][0]] * 2
+    batch |= {k: torch.rand(4, 1, 8, 8, 8) for k in ("label", "valid", "mr")}
+    _, (target, valid, ct), _, kwargs = LatentPrepareBatch(schedule, share)(batch, "cpu")
+    last = schedule.inference_timesteps(1)[0][0]
+    assert (kwargs["timesteps"] == last).sum() == count and torch.equal(kwargs["mr"], batch["mr"])
     assert (
         target.shape == batch["image"].shape and torch.equal(ct, batch["label"]) and torch.equal(valid, batch["valid"])
     )
@@ -138,10 +145,22 @@ def test_the_estimate_of_a_perfect_denoiser_is_the_image_itself():
     network = tiny_network()
     network.set_latent_scale("CT", [torch.randn(4, 8, 8, 8) * 3 + 1])
     clean, noise, condition = (torch.randn(2, 4, 8, 8, 8) for _ in range(3))
-    timesteps = torch.tensor([999, 10])
+    timesteps, mr = torch.tensor([999, 10]), torch.randn(2, 1, 32, 32, 32)
     network.denoiser.forward = lambda x, t: network.schedule.target(clean, noise, t)
-    output, image = OneStepEstimate(network)(clean, noise, timesteps, condition)
-    torch.testing.assert_close(image, network.decode(clean), atol=2e-3, rtol=1e-3)
+    output, image = OneStepEstimate(network)(clean, noise, timesteps, condition, mr)
+    torch.testing.assert_close(image, network.decode(clean, mr=mr), atol=2e-3, rtol=1e-3)
+
+
+def test_without_the_image_in_the_loss_the_autoencoder_stays_frozen():
+    network = tiny_network()
+    estimate = OneStepEstimate(network, decodes=False)
+    latent = torch.randn(2, 4, 8, 8, 8)
+    output, image = estimate(latent, latent, torch.tensor([999, 10]), latent, torch.randn(2, 1, 32, 32, 32))
+    assert image is None and not any(p.requires_grad for p in network.autoencoder.parameters())
+    valid = torch.ones(2, 1, 32, 32, 32)
+    assert EstimateLoss(0.0, 1.0)((output, None), (latent, valid, valid)) == LatentDiffusionLoss()(
+        output, (latent, valid)
+    )
 
 
 def test_all_stages_train_and_leave_weights_that_load_strictly(trained):
@@ -150,8 +169,9 @@ def test_all_stages_train_and_leave_weights_that_load_strictly(trained):
     )
     conditions = [weights.pop("trained_with") for weights in (before, state, tuned)]
     assert conditions[1] == conditions[2] and conditions[0].items() <= conditions[1].items()
-    for key, value in before.items():  # the autoencoder stays frozen
-        torch.testing.assert_close(state[f"autoencoder.{key}"], value)
+    for key, value in before.items():  # the encoder stays frozen
+        if key.startswith("encoder"):
+            torch.testing.assert_close(state[f"autoencoder.{key}"], value)
     assert not bool((state["latent_std"] == 1).all())
     changed = {".".join(key.split(".")[:2]) for key in state if not torch.equal(state[key], tuned[key])}
     assert any(name.startswith("denoiser") for name in changed)

@@ -75,15 +75,12 @@ def _encoded(weights: str) -> dict[str, Any]:
 
 
 def _project(name: str, title: str, *overlay: str, autoencoder: str | None = None) -> System:
-    """Return the three stages of this project with an ablation; ``autoencoder`` names a system with the same first
+    """Return the two stages of this project with an ablation; ``autoencoder`` names a system with the same first
     stage."""
     first = f"{autoencoder or name}_autoencoder"
     stages = [
-        Stage(first, [*FIRST, *overlay], 0.35, {"best_weights": "model.pt"}),
-        Stage(f"{name}_diffusion", ["train", *overlay], 0.35, {"autoencoder_checkpoint": f"{{runs}}/{first}/model.pt"}),
-        Stage(
-            name, ["train", "finetune", *overlay], 0.3, {"initial_checkpoint": f"{{runs}}/{name}_diffusion/model.pt"}
-        ),
+        Stage(first, [*FIRST, *overlay], 0.3, {"best_weights": "model.pt"}),
+        Stage(name, ["train", *overlay], 0.7, {"autoencoder_checkpoint": f"{{runs}}/{first}/model.pt"}),
     ]
     return System(title, stages, overlay)
 

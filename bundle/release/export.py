@@ -41,15 +41,16 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Normalised CT latent (N, c, d, h, w) to the synthetic CT (N, 1, f d, f h, f w) in [-1, 1]."""
+    """Normalised CT latent (N, c, d, h, w), and the MR (N, 1, f d, f h, f w) where the network has a skip connection
+    for it, to the synthetic CT of the MR's shape in [-1, 1]."""
 
     def __init__(self, network: Synthesizer) -> None:
         super().__init__()
         self.network = copy.deepcopy(network)
         del self.network.denoiser, self.network.autoencoder.encoder
 
-    def forward(self, latent: Tensor) -> Tensor:
-        return self.network.decode(latent, "CT")
+    def forward(self, latent: Tensor, mr: Tensor | None = None) -> Tensor:
+        return self.network.decode(latent, "CT", mr)
 
 
 class Denoiser(nn.Module):
@@ -80,6 +81,10 @@ def example(part: str, network: Synthesizer) -> tuple[tuple[Tensor, ...], dict[s
     x = torch.randn(2, channels, *[2 * unit] * 3)
     if part == "denoiser":
         return (x, torch.tensor([0, 999])), {"x": {0: batch, **axes}, "timesteps": {0: batch}}
+    if part == "decoder" and network.mr_skip is not None:
+        mr = torch.randn(2, 1, *[2 * unit * f] * 3)
+        whole = {n: f * axis for n, axis in axes.items()}
+        return (x, mr), {"latent": {0: batch, **axes}, "mr": {0: batch, **whole}}
     return (x,), {"image" if part == "encoder" else "latent": {0: batch, **axes}}
 
 
@@ -160,20 +165,24 @@ def middle_window(image: Tensor, network: Synthesizer) -> Tensor:
 @torch.no_grad()
 def inputs_from(window: Tensor, part: str, network: Synthesizer) -> list[tuple[Tensor, ...]]:
     """Return the inputs that a part gets in inference for an MR window: a batch of one, and two of twice the depth."""
+
+    def batches(x: Tensor) -> tuple[Tensor, Tensor]:
+        long = torch.cat([x, x.flip(2)], dim=2)
+        return x, torch.cat([long, long.flip(3)])
+
     last = network.schedule.num_train_timesteps - 1
     z_mr = network.encode(window, "MR")
     noise = torch.randn(z_mr.shape, generator=torch.Generator().manual_seed(0))
-    x = window
+    if part == "encoder":
+        return [(x,) for x in batches(window)]
     if part == "denoiser":
-        x = torch.cat([noise, z_mr], dim=1)
-    if part == "decoder":
-        condition = network.condition(z_mr)
-        x = network.schedule.sample(lambda z, t: network.predict(z, t, condition), noise, 1)
-    long = torch.cat([x, x.flip(2)], dim=2)
-    batches: list[tuple[Tensor, ...]] = [(x,), (torch.cat([long, long.flip(3)]),)]
-    if part == "denoiser":
-        batches = [(*batch, torch.tensor(t)) for batch, t in zip(batches, ([last], [last, last // 2]))]
-    return batches
+        timesteps = [last], [last, last // 2]
+        return [(x, torch.tensor(t)) for x, t in zip(batches(torch.cat([noise, z_mr], dim=1)), timesteps)]
+    condition = network.condition(z_mr)
+    latent = network.schedule.sample(lambda z, t: network.predict(z, t, condition), noise, 1)
+    if network.mr_skip is None:
+        return [(z,) for z in batches(latent)]
+    return list(zip(batches(latent), batches(window)))
 
 
 def describe(network: Synthesizer) -> dict[str, Any]:

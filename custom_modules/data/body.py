@@ -189,7 +189,12 @@ def ct_tissue_mask(ct: np.ndarray) -> np.ndarray:
     """The body in a CT without a couch, by the rule of :func:`body_mask`: above -300 HU, opened, all parts of at least
     a fiftieth of the largest, holes filled slice by slice. (D, H, W) HU to bool. What is open at the faces stays so:
     there a CT that is cut off cannot be told from a lung."""
-    return fill_holes_by_slice(keep_parts(open_mask(ct > TISSUE_HU)))
+    return fill_holes_by_slice(ct_parts(ct))
+
+
+def ct_parts(ct: np.ndarray) -> np.ndarray:
+    """The tissue of a body in a CT, cavities left out: above -300 HU, opened, without small parts and couch."""
+    return keep_parts(open_mask(ct > TISSUE_HU))
 
 
 class ScoreMaskd(MapTransform):

@@ -112,3 +112,34 @@ def _sitk_image(values: np.ndarray, grid: MetaTensor) -> sitk.Image:
     image = sitk.GetImageFromArray(np.ascontiguousarray(values.transpose(2, 1, 0)))
     image.SetSpacing([float(step) for step in grid.pixdim])
     return image
+
+
+class StandardizeMRd(MapTransform):
+    """Bring the scale of an MR to that of the training set, whose fat is near 1000.
+
+    MR units are arbitrary. A volume whose 99th percentile already lies in ``accepted`` is left alone, for a
+    percentile of a small field of view moves with what is in it; any other one is multiplied so that this percentile
+    becomes ``reference``, and the log says so.
+
+    Args:
+        reference: the middle of the training set's 99th percentiles.
+        accepted: the range of that percentile that counts as standardised already.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, reference: float = 1050.0, accepted: tuple[float, float] = (900.0, 1250.0)
+    ) -> None:
+        super().__init__(keys)
+        self.reference, self.accepted = reference, accepted
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        data = dict(data)
+        for key in self.key_iterator(data):
+            image = data[key]
+            found = float(np.percentile(np.asarray(image), 99))
+            if found <= 0:
+                raise InputError(f"the 99th percentile of the MR is {found:g}: no signal to scale")
+            if not self.accepted[0] <= found <= self.accepted[1]:
+                logger.info("MR rescaled: its 99th percentile was %.4g, now %.4g", found, self.reference)
+                data[key] = image * (self.reference / found)
+        return data

@@ -21,14 +21,16 @@ from custom_modules.errors import InputError, stop
 from custom_modules.files import sha256
 
 Pair = dict[str, str]
+CLIPPED_HU, CLIPPED_VOXELS = 1000.0, 8  # a CT that ends below, in more than so many equal voxels, has been clipped
 
 
 def load_pairs(
-    datalist: str | Path, base_dir: str | Path, splits: Sequence[str] = ("training", "validation")
-) -> dict[str, list[Pair]]:
+    datalist: str | Path, base_dir: str | Path, splits: Sequence[str] = ("training", "validation"),
+    unpaired: bool = False,
+) -> dict[str, list[Pair]]:  # fmt: skip
     """Read the pairs of ``splits`` of a MONAI datalist: ``image`` (MR), ``label`` (CT) and ``patient``. Without a
     ``patient`` in the datalist it is the file name of the image, or its folder if file names repeat
-    (``<patient>/mr.nii.gz``).
+    (``<patient>/mr.nii.gz``). With ``unpaired``, entries may have a ``label`` only: their MR is simulated.
 
     Raises:
         InputError: when the datalist is missing, is not JSON or has no such split, or an entry lacks a key.
@@ -42,19 +44,27 @@ def load_pairs(
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:  # MONAI inspects the first entry
             raise InputError(f"{datalist}: has no usable split '{split}' ({error})") from error
         for number, entry in enumerate(entries):
-            for key in ("image", "label"):
+            for key in ("label",) if unpaired and "image" not in entry else ("image", "label"):
                 if not isinstance(entry.get(key), str):
-                    raise InputError(f"{datalist}: entry {number} of '{split}' has no '{key}' (image = MR, label = CT)")
+                    advice = "" if unpaired or key == "label" else "; CTs without MR need configs/whole_body.yaml"
+                    raise InputError(
+                        f"{datalist}: entry {number} of '{split}' has no '{key}' (image = MR, label = CT){advice}"
+                    )
         pairs[split] = [dict(entry) for entry in entries]
-    images = {entry["image"] for entries in pairs.values() for entry in entries}
+    images = {main_file(entry) for entries in pairs.values() for entry in entries}
     by_folder = len({Path(image).name for image in images}) < len(images)
     for entry in itertools.chain(*pairs.values()):
-        image = Path(entry["image"])
+        image = Path(main_file(entry))
         stem = next((image.name[: -len(e)] for e in EXTENSIONS if image.name.lower().endswith(e)), image.name)
         patient = Path(str(entry.get("patient", image.parent.name if by_folder else stem)))
         root = os.path.normpath(base_dir)  # MONAI takes a name for a path if there is a folder of that name
         entry["patient"] = str(patient.relative_to(root) if patient.is_relative_to(root) else patient)
     return pairs
+
+
+def main_file(pair: Pair) -> str:
+    """The MR of a pair, or its CT where there is no MR: the file that stands for the patient."""
+    return pair.get("image", pair["label"])
 
 
 def load_pairs_or_stop(*args: Any, **kwargs: Any) -> dict[str, list[Pair]]:
@@ -91,7 +101,7 @@ def check_pairs_or_stop(pairs: Mapping[str, Sequence[Pair]], least_patients: int
     """
     items = [(split, pair) for split, entries in pairs.items() for pair in entries]
     problems = [f"split '{split}' is empty" for split, entries in pairs.items() if not entries]
-    patients = len({pair["image"] for pair in pairs["training"]})
+    patients = len({main_file(pair) for pair in pairs["training"]})
     if pairs["training"] and patients < least_patients:
         problems.append(
             f"training needs at least {least_patients} different patients, the training split has {patients}"
@@ -107,7 +117,7 @@ def check_pairs_or_stop(pairs: Mapping[str, Sequence[Pair]], least_patients: int
     if problems:
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         stop("the training data has problems:\n" + "\n".join(f"  {p}" for p in problems[:20]) + more)
-    names = [digest or pair["image"] + pair["label"] for digest, (_, pair) in zip(digests, items)]
+    names = [digest or pair.get("image", "") + pair["label"] for digest, (_, pair) in zip(digests, items)]
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
@@ -116,27 +126,41 @@ def _shared_patients(items: Sequence[tuple[str, Pair]], digests: Sequence[str]) 
     owner: dict[str, tuple[str, str]] = {}
     problems = []
     for (split, pair), digest in zip(items, digests):
-        marks = {pair["patient"], *(str(Path(pair[key]).resolve()) for key in ("image", "label")), *digest.split()}
-        for mark in sorted(marks - {""}):
-            other, image = owner.setdefault(mark, (split, pair["image"]))
+        files = [str(Path(pair[key]).resolve()) for key in ("image", "label") if key in pair]
+        for mark in sorted({pair["patient"], *files, *digest.split()} - {""}):
+            other, image = owner.setdefault(mark, (split, main_file(pair)))
             if other != split:
                 problems.append(
-                    f"{pair['image']}: the same patient as {image}, once in '{other}' and once in '{split}'"
+                    f"{main_file(pair)}: the same patient as {image}, once in '{other}' and once in '{split}'"
                 )
                 break
     return problems
 
 
 def _inspect(pair: Pair) -> tuple[list[str], str]:
-    """Return what is wrong with a pair, and the SHA-256 of its two files."""
+    """Return what is wrong with a pair, and the SHA-256 of its files."""
     volumes, digests = {}, []
-    for key in ("image", "label"):
+    for key in (key for key in ("image", "label") if key in pair):
         try:
             volumes[key] = read_volume(pair[key])
         except InputError as error:
             return [str(error)], ""
         digests.append(sha256(volume_files(pair[key])))
+    if "image" not in volumes:
+        return _ct_problems(volumes["label"], pair["label"]), " ".join(digests)
     return _problems(volumes["image"], volumes["label"], pair), " ".join(digests)
+
+
+def _ct_problems(ct: Any, name: str) -> list[str]:
+    """What is wrong with a CT that an MR is to be simulated from."""
+    try:
+        check_hu(np.asarray(ct), name)
+    except InputError as error:
+        return [str(error)]
+    highest = float(ct.max())
+    if highest <= CLIPPED_HU and int((ct == highest).sum()) > CLIPPED_VOXELS:
+        return [f"{name}: clipped at {highest:g} HU; its MR cannot be simulated, give the CT with all of its bone"]
+    return []
 
 
 def _problems(mr: Any, ct: Any, pair: Pair) -> list[str]:

@@ -41,6 +41,12 @@ class SeededDataset(Dataset):
             self.dataset.sizes if hasattr(self.dataset, "sizes") else [i["image"].numel() for i in self.dataset._cache]
         )
 
+    @property
+    def groups(self) -> list[bool]:
+        """Of each item whether there is no MR, so that it is simulated."""
+        data = self.dataset.data if not hasattr(self.dataset, "groups") else None
+        return self.dataset.groups if data is None else ["image" not in entry for entry in data]
+
     def __getitem__(self, key: tuple[int, int]) -> Any:
         index, seed = key
         self.random.set_random_state(seed)
@@ -49,7 +55,7 @@ class SeededDataset(Dataset):
 
 class DistinctPatientSampler(Sampler[list[tuple[int, int]]]):
     """Batches of different patients as (index, seed) keys of a :class:`SeededDataset`. Larger volumes are drawn more
-    often, in proportion to the square root of their voxels.
+    often, in proportion to the square root of their voxels; those without an MR make up ``unpaired_share`` of all.
 
     A batch is a function of its number in the run, so that a run can resume anywhere: set ``start``. Batches of one
     optimiser step (``accumulation`` per rank) share no patient if there are enough.
@@ -60,6 +66,7 @@ class DistinctPatientSampler(Sampler[list[tuple[int, int]]]):
         batches: batches of this rank per epoch.
         accumulation: batches of a rank that make up one optimiser step.
         rank, world_size: of this process.
+        unpaired_share: of the items drawn where the dataset has patients of both kinds.
 
     If there are fewer patients than ``batch_size``, batches hold all of them, and a warning is logged.
     """
@@ -73,7 +80,9 @@ class DistinctPatientSampler(Sampler[list[tuple[int, int]]]):
         accumulation: int = 1,
         rank: int = 0,
         world_size: int = 1,
+        unpaired_share: float = 0.5,
     ) -> None:
+        self.unpaired_share = unpaired_share
         self.dataset, self.batch_size, self.batches, self.seed = dataset, batch_size, batches, seed
         self.rank, self.world_size, self.group, self.start = rank, world_size, world_size * accumulation, 0
 
@@ -81,13 +90,22 @@ class DistinctPatientSampler(Sampler[list[tuple[int, int]]]):
         return self.batches
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        weights = torch.tensor(self.dataset.sizes, dtype=torch.float64).sqrt()
+        weights = self._weights()
         if len(weights) < self.batch_size:
             logger.warning("batches of %d patients instead of %d: there are no more", len(weights), self.batch_size)
             self.batch_size = len(weights)
         first, self.start = self.start, (self.start // self.batches + 1) * self.batches
         for iteration in range(first, self.start):
             yield self._batch(iteration * self.world_size + self.rank, weights)
+
+    def _weights(self) -> torch.Tensor:
+        """How often each patient is drawn."""
+        weights = torch.tensor(self.dataset.sizes, dtype=torch.float64).sqrt()
+        unpaired = torch.tensor(getattr(self.dataset, "groups", [False] * len(weights)))
+        if unpaired.any() and not unpaired.all():
+            for group, share in ((unpaired, self.unpaired_share), (~unpaired, 1 - self.unpaired_share)):
+                weights[group] *= share / weights[group].sum()
+        return weights
 
     def _batch(self, number: int, weights: torch.Tensor) -> list[tuple[int, int]]:
         step, part = divmod(number, self.group)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Hashable, Mapping, Sequence
 
-import numpy as np
 import torch
-from monai.config import KeysCollection
 from monai.transforms import (
     Compose,
     CropForegroundd,
-    MapTransform,
     Orientationd,
     RandAffined,
     RandBiasFieldd,
@@ -25,42 +21,9 @@ from monai.transforms import (
 
 from custom_modules.data.body import BodyMaskd, CropAboveShouldersd
 from custom_modules.data.grid import SameGridd, ToSpacingd
-from custom_modules.data.mr import CorrectBiasFieldd, SubtractBackgroundd
+from custom_modules.data.mr import CorrectBiasFieldd, StandardizeMRd, SubtractBackgroundd
+from custom_modules.data.simulation import CTBodyd, CTRegionsd
 from custom_modules.data.volumes import ReadVolumed
-from custom_modules.errors import InputError
-
-logger = logging.getLogger(__name__)
-
-
-class StandardizeMRd(MapTransform):
-    """Bring the scale of an MR to that of the training set, whose fat is near 1000.
-
-    MR units are arbitrary. A volume whose 99th percentile already lies in ``accepted`` is left alone, for a
-    percentile of a small field of view moves with what is in it; any other one is multiplied so that this percentile
-    becomes ``reference``, and the log says so.
-
-    Args:
-        reference: the middle of the training set's 99th percentiles.
-        accepted: the range of that percentile that counts as standardised already.
-    """
-
-    def __init__(
-        self, keys: KeysCollection, reference: float = 1050.0, accepted: tuple[float, float] = (900.0, 1250.0)
-    ) -> None:
-        super().__init__(keys)
-        self.reference, self.accepted = reference, accepted
-
-    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
-        data = dict(data)
-        for key in self.key_iterator(data):
-            image = data[key]
-            found = float(np.percentile(np.asarray(image), 99))
-            if found <= 0:
-                raise InputError(f"the 99th percentile of the MR is {found:g}: no signal to scale")
-            if not self.accepted[0] <= found <= self.accepted[1]:
-                logger.info("MR rescaled: its 99th percentile was %.4g, now %.4g", found, self.reference)
-                data[key] = image * (self.reference / found)
-        return data
 
 
 class Preprocess(Transform):
@@ -77,6 +40,8 @@ class Preprocess(Transform):
         mr_reference: see :class:`StandardizeMRd`.
         correct_bias: divide the MR by its bias field, see :class:`~custom_modules.data.mr.CorrectBiasFieldd`.
         allow_ct: let the MR be a CT, see :class:`~custom_modules.data.volumes.ReadVolumed`.
+        regions: add the CT's tissue ``regions``, from which an MR can be simulated. Items without ``image`` have them
+            always; their body is that of the CT.
     """
 
     def __init__(
@@ -87,6 +52,7 @@ class Preprocess(Transform):
         mr_reference: float = 1050.0,
         correct_bias: bool = True,
         allow_ct: bool = True,
+        regions: bool = False,
     ) -> None:
         keys = ["image", "label"] if label else ["image"]
         self.transform = Compose(
@@ -101,11 +67,22 @@ class Preprocess(Transform):
                 *([CropAboveShouldersd([*keys, "body"])] if crop_above_shoulders else []),
                 CropForegroundd([*keys, "body"], source_key="body", margin=1, allow_smaller=True),
                 StandardizeMRd("image", mr_reference),
+                *([CTRegionsd("label")] if regions else []),
+            ]
+        )
+        self.ct_only = Compose(
+            [
+                ReadVolumed("label"),
+                Orientationd("label", axcodes="RAS", labels=None),
+                ToSpacingd("label", spacing),
+                CTBodyd("label"),
+                CropForegroundd(["label", "body"], source_key="body", margin=1, allow_smaller=True),
+                CTRegionsd("label"),
             ]
         )
 
     def __call__(self, data: Mapping[Hashable, str]) -> dict[Hashable, torch.Tensor]:
-        return self.transform(data)
+        return self.transform(data) if "image" in data else self.ct_only(data)
 
 
 class Augment(Compose):
@@ -114,18 +91,29 @@ class Augment(Compose):
     Args:
         roi_size: take a random crop of this size first, replicating the edge of smaller volumes; whole volumes when
             None.
+        simulate: simulates the MR of a CT that has none, and now and then of one that has
+            (:class:`~custom_modules.data.simulation.RandSimulateMRd`).
+        largest: sides of the random crop that is taken of volumes larger than that.
     """
 
-    def __init__(self, roi_size: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        roi_size: Sequence[int] | None = None,
+        simulate: Transform | None = None,
+        largest: Sequence[int] | None = None,
+    ) -> None:
         keys = ["image", "label"]
+        every = [*keys, "regions"]
         crop = [
-            SpatialPadd(keys, spatial_size=roi_size, mode="edge"),
-            RandSpatialCropd(keys, roi_size=roi_size, random_size=False),
+            SpatialPadd(every, spatial_size=roi_size, mode="edge", allow_missing_keys=True),
+            RandSpatialCropd(every, roi_size=roi_size, random_size=False, allow_missing_keys=True),
         ]
+        part = [RandSpatialCropd(every, roi_size=largest, random_size=False, allow_missing_keys=True)]
         super().__init__(
             [
-                SelectItemsd([*keys, "patient"], allow_missing_keys=True),
-                *(crop if roi_size else []),
+                SelectItemsd([*every, "patient"], allow_missing_keys=True),
+                *(crop if roi_size else part if largest else []),
+                *([simulate] if simulate else []),
                 *(RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in range(3)),
                 RandAffined(
                     keys,

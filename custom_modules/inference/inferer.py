@@ -148,7 +148,7 @@ class WholeVolumeInferer(LatentSampler):
     def _synthesize(self, mr: Tensor, body: Tensor, network: Synthesizer, generators: list[torch.Generator]) -> Tensor:
         body = (F.max_pool3d(body, network.autoencoder.downsampling)[0, 0] > 0).to(network.device)
         z = self._sample(self._encode(mr, network, body), network, body, generators)
-        return self._decode(z, network, body)
+        return self._decode(z, mr, network, body)
 
     def _tiles(self, body: Tensor, network: Synthesizer, voxels: int, grid: int, reach: int = 0) -> list[tuple]:
         """Return tiles of the latent that cover at most ``voxels`` of the image, halo included, and start on ``grid``;
@@ -209,8 +209,8 @@ class WholeVolumeInferer(LatentSampler):
         most = self._tile_voxels(noise.device, DENOISER_BYTES)
         return halve_when_out_of_memory(sample, most, LEAST_TILE, "voxels")
 
-    def _decode(self, z: Tensor, network: Synthesizer, body: Tensor) -> Tensor:
-        """Decode the samples ``z`` (K, c, d, h, w) tile by tile, with air in tiles without ``body``. They are
+    def _decode(self, z: Tensor, mr: Tensor, network: Synthesizer, body: Tensor) -> Tensor:
+        """Decode the samples ``z`` (K, c, d, h, w) of an MR tile by tile, with air in tiles without ``body``. They are
         summarised in main memory, so that the volume exists once, however many samples there are."""
         f = network.autoencoder.downsampling
 
@@ -220,15 +220,15 @@ class WholeVolumeInferer(LatentSampler):
             parts = self._tiles(body, network, voxels, WAVELET_GRID)
             with self._bar(len(parts) * len(z), "decoding", "tile") as bar:
                 for wide, box, inner in parts:
-                    samples = self._decoded(z, wide, inner, network, bar)
+                    part = mr[(..., *scale_box(wide, f))].to(z.device)
+                    samples = self._decoded(z[(..., *wide)], part, scale_box(inner, f), network, bar)
                     ct[(..., *scale_box(box, f))] = self._summary(samples).to(ct)
             return ct
 
         return halve_when_out_of_memory(decode, self._tile_voxels(z.device, TILE_BYTES), LEAST_TILE, "voxels")
 
     @staticmethod
-    def _decoded(z: Tensor, wide: Box, inner: Box, network: Synthesizer, bar: tqdm) -> Iterator[Tensor]:
-        inner = scale_box(inner, network.autoencoder.downsampling)
+    def _decoded(z: Tensor, mr: Tensor, inner: Box, network: Synthesizer, bar: tqdm) -> Iterator[Tensor]:
         for sample in z.split(1):
-            yield network.decode(sample[(..., *wide)])[(..., *inner)]
+            yield network.decode(sample, mr=mr)[(..., *inner)]
             bar.update()

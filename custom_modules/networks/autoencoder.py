@@ -11,6 +11,23 @@ from custom_modules.networks.blocks import ChannelRMSNorm, ResidualBlock, Wavele
 from custom_modules.networks.wavelets import BANDS, WaveletTransform3d
 
 
+class Decoder(nn.Sequential):
+    """The layers from latent to image, in order; those from number ``finest`` on work at the finest resolution."""
+
+    def __init__(self, *layers: nn.Module, finest: int) -> None:
+        super().__init__(*layers)
+        self.finest = finest
+
+    def forward(self, latent: Tensor, detail: Tensor | None = None) -> Tensor:
+        """Decode (N, c, d, h, w); ``detail`` (N, channels[0], D', H', W') is added where the finest layers begin."""
+        x = latent
+        for number, layer in enumerate(self):
+            if number == self.finest and detail is not None:
+                x = x + detail
+            x = layer(x)
+        return x
+
+
 class WaveletAutoencoderKL(nn.Module):
     """KL autoencoder of WaveletBlocks; one set of weights encodes and decodes both modalities.
 
@@ -47,7 +64,7 @@ class WaveletAutoencoderKL(nn.Module):
             )
         if stem not in ("haar", "conv"):
             raise ValueError(f"stem must be 'haar' or 'conv', got '{stem}'")
-        self.latent_channels = latent_channels
+        self.latent_channels, self.channels = latent_channels, tuple(channels)
         self.stem = WaveletTransform3d("haar") if stem == "haar" else None
         self.downsampling = 2 ** (len(channels) - 1 + (stem == "haar"))
         image_channels = BANDS if stem == "haar" else 1
@@ -66,11 +83,12 @@ class WaveletAutoencoderKL(nn.Module):
 
         decoder: list[nn.Module] = [nn.Conv3d(latent_channels, channels[-1], 3, padding=1)]
         for level in reversed(range(len(channels))):
+            finest = len(decoder)  # of the last round
             decoder += blocks(channels[level], num_blocks[level])
             if level:
                 decoder.append(nn.ConvTranspose3d(channels[level], channels[level - 1], 2, stride=2))
         decoder += [ChannelRMSNorm(channels[0]), nn.SiLU(), nn.Conv3d(channels[0], image_channels, 3, padding=1)]
-        self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
+        self.encoder, self.decoder = nn.Sequential(*encoder), Decoder(*decoder, finest=finest)
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and the log-variance of an image's posterior, each of the latent's shape."""
@@ -80,9 +98,9 @@ class WaveletAutoencoderKL(nn.Module):
         mean, log_variance = self.encoder(x.contiguous(memory_format=torch.channels_last_3d)).float().chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """Return the image of a latent, nominally in [-1, 1], not clipped."""
-        x = self.decoder(latent.contiguous(memory_format=torch.channels_last_3d)).float()
+    def decode(self, latent: Tensor, detail: Tensor | None = None) -> Tensor:
+        """Return the image of a latent, nominally in [-1, 1], not clipped; for ``detail`` see :class:`Decoder`."""
+        x = self.decoder(latent.contiguous(memory_format=torch.channels_last_3d), detail).float()
         return x if self.stem is None else self.stem.inverse(x, [2 * size for size in x.shape[2:]])
 
     @staticmethod

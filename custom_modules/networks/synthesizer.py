@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from custom_modules.networks.autoencoder import WaveletAutoencoderKL
 from custom_modules.networks.denoiser import LatentDenoiser
 from custom_modules.networks.schedule import DDIMSchedule
+from custom_modules.networks.skip import MRSkip
 
 MODALITIES = ("MR", "CT")
 
@@ -25,6 +26,7 @@ class Synthesizer(nn.Module):
         autoencoder, denoiser, schedule: the parts; each with its default arguments when None.
         hu_window: HU that are mapped to [-1, 1]; stored with the weights, and replaced when weights are loaded.
         num_inference_steps: steps of :meth:`forward`.
+        mr_skip: give the decoder the MR beside the latent (:class:`~custom_modules.networks.skip.MRSkip`).
     """
 
     def __init__(
@@ -34,12 +36,14 @@ class Synthesizer(nn.Module):
         schedule: DDIMSchedule | None = None,
         hu_window: Sequence[float] = (-1000.0, 1600.0),
         num_inference_steps: int = 1,
+        mr_skip: bool = True,
     ) -> None:
         super().__init__()
         self.autoencoder = autoencoder or WaveletAutoencoderKL()
         channels = self.autoencoder.latent_channels
         self.denoiser = denoiser or LatentDenoiser(latent_channels=channels)
         self.schedule = schedule or DDIMSchedule()
+        self.mr_skip = MRSkip(self.autoencoder) if mr_skip else None
         self.num_inference_steps = num_inference_steps
         self.register_buffer("hu_window", torch.tensor(hu_window))
         self.register_buffer("latent_mean", torch.zeros(len(MODALITIES), channels))
@@ -78,10 +82,12 @@ class Synthesizer(nn.Module):
         """Return the normalised mean of an image's posterior (N, c, D/f, H/f, W/f)."""
         return self.normalize(self.autoencoder.encode(image)[0], modality)
 
-    def decode(self, latent: Tensor, modality: str = "CT") -> Tensor:
-        """Return the image of a normalised latent, clipped to [-1, 1]."""
+    def decode(self, latent: Tensor, modality: str = "CT", mr: Tensor | None = None) -> Tensor:
+        """Return the image of a normalised latent, clipped to [-1, 1]; with the ``mr`` that a CT is synthesised from it
+        passes the skip connection to the decoder, without it (a reconstruction) the latent is all there is."""
         mean, std = self._scale(modality)
-        return self.autoencoder.decode(latent * std + mean).clamp(-1, 1)
+        detail = None if mr is None or self.mr_skip is None else self.mr_skip(mr)
+        return self.autoencoder.decode(latent * std + mean, detail).clamp(-1, 1)
 
     def to_hu(self, ct: Tensor) -> Tensor:
         """Convert a CT in [-1, 1] to Hounsfield units."""
@@ -109,6 +115,8 @@ class Synthesizer(nn.Module):
         through :meth:`forward`."""
         self.autoencoder.encoder.compile(*args, **kwargs)
         self.autoencoder.decoder.compile(*args, **kwargs)
+        if self.mr_skip is not None:
+            self.mr_skip.compile(*args, **kwargs)
         self.denoiser.denoise = torch.compile(self.denoiser.denoise, *args, **kwargs)  # type: ignore[method-assign]
 
     def forward(self, mr: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -121,4 +129,4 @@ class Synthesizer(nn.Module):
         z = torch.zeros_like(z_mr) if noise is None else noise
         condition = self.condition(z_mr)
         z = self.schedule.sample(lambda z, t: self.predict(z, t, condition), z, self.num_inference_steps)
-        return self.decode(z)
+        return self.decode(z, mr=mr)

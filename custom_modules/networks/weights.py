@@ -86,6 +86,14 @@ def load_weights_or_stop(
         stop(str(error))
 
 
+def load_autoencoder_or_stop(
+    network: Network, path: str | Path, trained_with: Mapping[str, Any] | None = None
+) -> Network:
+    """Load the weights of stage 1 into ``network.autoencoder``, as :func:`load_weights_or_stop` does."""
+    load_weights_or_stop(network.autoencoder, path, trained_with)  # type: ignore[arg-type]
+    return network
+
+
 def save_weights(
     network: nn.Module | Mapping[str, Any], path: str | Path, dtype: torch.dtype = torch.float16,
     trained_with: Mapping[str, Any] | None = None,

@@ -84,53 +84,58 @@ class ReconstructionInferer(Inferer):
 
 
 class LatentPrepareBatch(DiffusionPrepareBatch):
-    """Stage 2 (Eq. 12): CT latents as input, MR latents as condition for MONAI's ``DiffusionInferer``, and random
-    timesteps. The target is that of the schedule, noise or velocity, with the valid voxels of the pair."""
+    """Stage 2 (Eq. 12): CT latents as input, MR latents as condition, random timesteps. The target is that of the
+    schedule, noise or velocity, with the valid voxels of the pair and the CT itself.
 
-    def __init__(self, schedule: DDIMSchedule) -> None:
+    Args:
+        last_timestep_share: of each batch, which is at the timestep where sampling starts.
+    """
+
+    def __init__(self, schedule: DDIMSchedule, last_timestep_share: float = 0.5) -> None:
         super().__init__(schedule.num_train_timesteps, condition_name="z_mr")
-        self.schedule = schedule
+        self.schedule, self.last_timestep_share = schedule, last_timestep_share
 
     def get_target(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return self.schedule.target(images, noise, timesteps)
+
+    def get_timesteps(self, images: Tensor) -> Tensor:
+        timesteps = super().get_timesteps(images)
+        timesteps[: int(len(images) * self.last_timestep_share)] = self.schedule.inference_timesteps(1)[0][0]
+        return timesteps
 
     def __call__(
         self, batchdata: Mapping[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple, dict]:
         latents = {key: batchdata[key] for key in ("image", "z_mr")}
         clean, target, args, infer_kwargs = super().__call__(latents, device, non_blocking, **kwargs)
-        return clean, (target, _as_tensor(batchdata, "valid", device, non_blocking)), args, infer_kwargs
-
-
-class EstimatePrepareBatch(LatentPrepareBatch):
-    """Fine-tuning: as stage 2, with the CT itself after the other targets, and half of each batch at the timestep from
-    which sampling starts."""
-
-    def get_timesteps(self, images: Tensor) -> Tensor:
-        timesteps = super().get_timesteps(images)
-        timesteps[: len(images) // 2] = self.schedule.inference_timesteps(1)[0][0]
-        return timesteps
-
-    def __call__(
-        self, batchdata: Mapping[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple, dict]:
-        clean, target, args, infer_kwargs = super().__call__(batchdata, device, non_blocking, **kwargs)
-        return clean, (*target, _as_tensor(batchdata, "label", device, non_blocking)), args, infer_kwargs
+        mr, valid, ct = (_as_tensor(batchdata, key, device, non_blocking) for key in ("mr", "valid", "label"))
+        return clean, (target, valid, ct), args, {**infer_kwargs, "mr": mr}
 
 
 class OneStepEstimate(nn.Module):
     """The denoiser's output for noisy latents, and the decoded one-step estimate of the clean latent (Eq. 14).
 
     It is a module because distributed training needs the gradients of both networks to pass through one ``forward``.
+    The encoder is frozen, and so is the rest of the autoencoder where it does not decode.
+
+    Args:
+        decodes: False for the denoiser's output alone; the estimate is then None.
     """
 
-    def __init__(self, network: Synthesizer) -> None:
+    def __init__(self, network: Synthesizer, decodes: bool = True) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.decodes = network, decodes
+        network.autoencoder.encoder.requires_grad_(False)
+        if not decodes:
+            network.autoencoder.requires_grad_(False)
 
-    def forward(self, clean: Tensor, noise: Tensor, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, clean: Tensor, noise: Tensor, timesteps: Tensor, condition: Tensor, mr: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         schedule = self.network.schedule
         noisy = schedule.add_noise(clean, noise, timesteps)
         output = self.network.denoiser(torch.cat([noisy, condition], dim=1), timesteps)
+        if not self.decodes:
+            return output, None
         estimates = [schedule.step(o, int(t), -1, z) for o, t, z in zip(output, timesteps, noisy)]
-        return output, self.network.decode(torch.stack(estimates))
+        return output, self.network.decode(torch.stack(estimates), mr=mr)

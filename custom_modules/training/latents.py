@@ -26,8 +26,8 @@ class LatentDataset(Randomizable, Dataset):
     spends its time on the denoiser. Latents come from whole volumes, as in sampling, so that a crop contains what the
     autoencoder saw around it. If the latent scale of the network is not set, it is set here, from the training latents.
 
-    Items have ``image``, the CT latent, and ``z_mr``, both (c, *roi / f) and normalised; ``valid`` (1, *roi) at the
-    same place, see :func:`valid_voxels`; with ``images`` also ``label``, the CT (1, *roi) in [-1, 1]; and ``patient``.
+    Items have ``image``, the CT latent, and ``z_mr``, both (c, *roi / f) and normalised; at the same place ``mr`` and
+    ``label``, MR and CT (1, *roi) in [-1, 1], and ``valid`` (1, *roi), see :func:`valid_voxels`; and ``patient``.
 
     Args:
         data: datalist of ``image`` and ``label``.
@@ -35,7 +35,6 @@ class LatentDataset(Randomizable, Dataset):
         network: has the weights of the autoencoder.
         roi_size: of a crop, in image voxels.
         copies: augmented copies of each patient.
-        images: keep the CT itself too.
     """
 
     def __init__(
@@ -47,10 +46,9 @@ class LatentDataset(Randomizable, Dataset):
         copies: int = 16,
         amp: bool = True,
         seed: int = 0,
-        images: bool = False,
     ) -> None:
         super().__init__(data, transform)
-        self.network, self.roi_size, self.copies, self.amp, self.images = network, roi_size, copies, amp, images
+        self.network, self.roi_size, self.copies, self.amp = network, roi_size, copies, amp
         self.seed = seed
         self.set_random_state(seed)
         self.latents: list[list[dict[str, Any]]] = []
@@ -77,6 +75,11 @@ class LatentDataset(Randomizable, Dataset):
         """Latent voxels of each patient."""
         return [copies[0]["image"][0].numel() for copies in self.latents]
 
+    @property
+    def groups(self) -> list[bool]:
+        """Of each patient whether there is no MR, so that it is simulated."""
+        return ["image" not in entry for entry in self.data]
+
     @torch.no_grad()
     def _encode(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         network, device = self.network, self.network.latent_mean.device
@@ -86,8 +89,10 @@ class LatentDataset(Randomizable, Dataset):
         )
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.amp):
             z_mr, z_ct = (network.autoencoder.encode(volume)[0][0].cpu().half() for volume in (mr, ct))
-        item = {"image": z_ct, "z_mr": z_mr, "valid": valid_voxels(mr, ct)[0].cpu(), "patient": batch["patient"][0]}
-        return {**item, "label": ct[0].cpu().half()} if self.images else item
+        return {
+            "image": z_ct, "z_mr": z_mr, "valid": valid_voxels(mr, ct)[0].cpu(),
+            "mr": mr[0].cpu().half(), "label": ct[0].cpu().half(), "patient": batch["patient"][0],
+        }  # fmt: skip
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         copy = self.latents[index][self.R.randint(len(self.latents[index]))]
@@ -98,5 +103,5 @@ class LatentDataset(Randomizable, Dataset):
         def crop(volume: Tensor, scale: int) -> Tensor:
             return volume[(..., *(slice(s * scale, (s + r) * scale) for s, r in zip(start, roi)))].float()
 
-        scales = {"image": 1, "z_mr": 1, "valid": f, "label": f}
+        scales = {"image": 1, "z_mr": 1, "valid": f, "mr": f, "label": f}
         return {key: crop(value, scales[key]) if key in scales else value for key, value in copy.items()}

@@ -100,13 +100,15 @@ class LatentDiffusionLoss(nn.Module):
 
 
 class EstimateLoss(nn.Module):
-    """L1 between decoded estimate and CT, plus ``latent_weight`` times the latent diffusion loss (Eq. 12), both over
-    valid voxels."""
+    """``image_weight`` times the L1 between decoded estimate and CT, plus ``latent_weight`` times the latent diffusion
+    loss (Eq. 12), both over valid voxels. Without the first term (a weight of 0) the estimate may be None."""
 
-    def __init__(self, latent_weight: float = 0.02) -> None:
+    def __init__(self, image_weight: float = 1.0, latent_weight: float = 0.02) -> None:
         super().__init__()
-        self.latent_weight, self.image_loss, self.latent_loss = latent_weight, ValidL1Loss(), LatentDiffusionLoss()
+        self.image_weight, self.latent_weight = image_weight, latent_weight
+        self.image_loss, self.latent_loss = ValidL1Loss(), LatentDiffusionLoss()
 
-    def forward(self, output: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def forward(self, output: tuple[Tensor, Tensor | None], target: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         (prediction, image), (clean, valid, ct) = output, target
-        return self.image_loss(image, (ct, valid)) + self.latent_weight * self.latent_loss(prediction, (clean, valid))
+        loss = self.latent_weight * self.latent_loss(prediction, (clean, valid))
+        return loss if image is None else loss + self.image_weight * self.image_loss(image, (ct, valid))

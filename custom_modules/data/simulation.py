@@ -1,0 +1,334 @@
+"""MR simulated from CT, for training and scoring where no MR of the same patient exists.
+
+Each voxel of the CT is divided into air, fat, soft tissue, marrow and mineral by its HU. The signal of each follows
+from relaxation times and the signal equation of the sequence. What a CT does not tell apart (muscle, liver, blood) is
+drawn at random by region, so that a network learns from shape and surroundings, not from one grey value.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Randomizable, RandomizableTransform
+from scipy import ndimage
+from skimage.segmentation import slic
+
+from custom_modules.data.body import ct_parts, fill_cavities
+from custom_modules.data.hu import AIR_HU
+from custom_modules.data.mr import StandardizeMRd
+from custom_modules.errors import InputError
+
+Range = Sequence[float]
+
+
+class Relaxation(NamedTuple):
+    """T1 and T2 in ms at 1.5 and 3 T, and the proton density relative to that of water."""
+
+    t1: tuple[float, float]
+    t2: tuple[float, float]
+    density: float
+
+
+# de Bazelaire et al. 2004 (Radiology 230:652); blood, brain: Stanisz et al. 2005 (MRM 54:507); fluid: cerebrospinal,
+# Rooney et al. 2007 (MRM 57:308); densities: water content by Woodard and White 1986 (BJR 59:1209)
+TISSUES = {
+    "fat": Relaxation((343, 382), (58, 68), 0.90),
+    "marrow": Relaxation((1000, 1200), (45, 45), 0.70),  # its water; marrow as a whole, 549 and 586, has fat in it
+    "muscle": Relaxation((856, 898), (27, 29), 0.79),
+    "liver": Relaxation((586, 809), (46, 34), 0.71),
+    "spleen": Relaxation((1057, 1328), (79, 61), 0.79),
+    "kidney": Relaxation((966, 1142), (87, 76), 0.81),
+    "pancreas": Relaxation((584, 725), (46, 43), 0.71),
+    "blood": Relaxation((1441, 1932), (290, 275), 0.83),
+    "brain": Relaxation((1000, 1450), (84, 84), 0.78),
+    "fluid": Relaxation((4000, 4000), (1500, 1500), 1.00),
+}
+ORGANS = {"liver": 0.2, "spleen": 0.1, "kidney": 0.15, "pancreas": 0.15, "blood": 0.2, "brain": 0.1, "fluid": 0.1}
+FIELDS = 1.5, 3.0  # T
+FAT_SHIFT = 3.4e-6 * 42.58e6  # Hz per T, between water and fat
+
+# HU at which the parts of a voxel begin and end (Schneider et al. 2000: fat -98, muscle 14 to 50, cortical bone 1600)
+LUNG_HU, FAT_HU, SOFT_HU, SPONGY_HU, CORTICAL_HU = -400.0, -100.0, 20.0, 120.0, 1300.0
+BONE_HU, BONE_PEAK_HU = 150.0, 500.0  # a skeleton's part goes beyond the second; enhanced vessels do not
+REGION_GRID, REGION_SIZE = 2, 28.0  # voxels that are pooled to find regions, mm along a region
+MARROW, FIRST_REGION = 1, 2  # labels
+
+
+class Contrast(NamedTuple):
+    """Ranges from which the sequence of one volume is drawn.
+
+    Attributes:
+        sequence: ``spin_echo`` or ``gradient_echo`` (spoiled).
+        repetition_time, echo_time: ms. Gradient echoes take the echo time at which fat has the wanted phase.
+        flip_angle: degrees.
+        fat_phase: cycles between water and fat, 0 in phase, 0.5 opposed.
+        fat_signal: what fat suppression leaves of it.
+        fat_t2: factor on the T2 of fat, which echo trains lengthen (Henkelman et al. 1992, JMRI 2:533).
+    """
+
+    sequence: str
+    repetition_time: Range
+    echo_time: Range = (0, 0)
+    flip_angle: Range = (90, 90)
+    fat_phase: Range = (0, 0)
+    fat_signal: Range = (1, 1)
+    fat_t2: Range = (1, 1)
+
+
+def contrast_of(name: str, settings: Mapping[str, Any]) -> Contrast:
+    """Return the contrast that ``settings`` describe, or raise InputError that says what is wrong with ``name``."""
+    try:
+        contrast = Contrast(**settings)
+    except TypeError as error:
+        raise InputError(f"contrast '{name}': {error}; a contrast has {', '.join(Contrast._fields)}") from error
+    if contrast.sequence not in ("spin_echo", "gradient_echo"):
+        raise InputError(f"contrast '{name}': sequence is '{contrast.sequence}', not spin_echo or gradient_echo")
+    return contrast
+
+
+class Parts(NamedTuple):
+    """Shares of each voxel: protons at all, fat among them, and mineral; and where there is marrow."""
+
+    protons: np.ndarray
+    fat: np.ndarray
+    mineral: np.ndarray
+    marrow: np.ndarray
+
+
+def voxel_parts(ct: np.ndarray, regions: np.ndarray) -> Parts:
+    """Return the parts of the voxels of a CT (D, H, W) in HU; see :func:`tissue_regions`."""
+    hu = ndimage.gaussian_filter(ct.astype(np.float32), 0.6)  # the noise of the CT is none of the MR
+    lung = np.clip((hu - LUNG_HU) / (FAT_HU - LUNG_HU), 0, 1)  # 0: air and soft tissue, not air and fat
+    fat = lung * np.clip((SOFT_HU - hu) / (SOFT_HU - FAT_HU), 0, 1)
+    mineral = np.clip((hu - SPONGY_HU) / (CORTICAL_HU - SPONGY_HU), 0, 1)
+    marrow = regions == MARROW
+    return Parts(np.clip((hu + 1000) / (FAT_HU + 1000), 0, 1), fat, mineral * marrow, marrow)
+
+
+def tissue_regions(ct: np.ndarray, body: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """Label the tissue of a CT (D, H, W): 0 outside the ``body``, 1 bone with its marrow, from 2 on supervoxels.
+
+    Supervoxels (SLIC, Achanta et al. 2012) on a grid of half the resolution stand for organs and muscles.
+    """
+    smooth = ndimage.gaussian_filter(ct.astype(np.float32), 1.0)
+    candidates, number = ndimage.label((smooth > BONE_HU) & body)
+    peaks = ndimage.maximum(ct, candidates, np.arange(number + 1))
+    bone = (np.asarray(peaks) > BONE_PEAK_HU)[candidates] & (candidates > 0)
+    bone = ndimage.binary_closing(bone, ndimage.generate_binary_structure(3, 1), iterations=2) | bone
+    step = (slice(None, None, REGION_GRID),) * 3
+    coarse, inside = np.clip(smooth[step], -200, 200) / 400, (body & ~bone)[step]
+    extent = np.prod(np.asarray(spacing) * REGION_GRID) * max(inside.sum(), 1)
+    count = max(2, round(extent / REGION_SIZE**3))
+    labels = slic(
+        coarse, n_segments=count, compactness=0.03, mask=inside, channel_axis=None, enforce_connectivity=False
+    )
+    fine = labels.repeat(REGION_GRID, 0).repeat(REGION_GRID, 1).repeat(REGION_GRID, 2)
+    fine = fine[tuple(slice(n) for n in ct.shape)]
+    regions = np.where(body, FIRST_REGION + np.maximum(fine, 0), 0)
+    regions[bone] = MARROW
+    return regions.astype(np.int16)
+
+
+class CTBodyd(MapTransform):
+    """Add the ``body`` of a CT in ``keys`` that has no MR, and clear what lies outside: couch and clothes."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        data = dict(data)
+        for key in self.key_iterator(data):
+            ct = data[key]
+            body = fill_cavities(ct_parts(np.asarray(ct[0])), upright=True)
+            if not body.any():
+                raise InputError(f"{ct.meta.get('filename_or_obj', 'CT')}: no body found, only air")
+            data["body"] = MetaTensor(torch.from_numpy(body)[None].float(), affine=ct.affine)
+            data[key] = torch.where(data["body"] > 0, ct, torch.full_like(ct, AIR_HU))
+        return data
+
+
+class CTRegionsd(MapTransform):
+    """Add the :func:`tissue_regions` of the CT in ``keys`` as ``regions``, within its own body."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        data = dict(data)
+        for key in self.key_iterator(data):
+            ct = data[key]
+            body = fill_cavities(ct_parts(np.asarray(ct[0])), upright=True)
+            regions = tissue_regions(np.asarray(ct[0]), body, np.asarray(ct.pixdim))
+            data["regions"] = MetaTensor(torch.from_numpy(regions)[None], affine=ct.affine)
+        return data
+
+
+class SimulateMR(Randomizable):
+    """Draws an MR for a CT.
+
+    Args:
+        contrasts: by name, the fields of :class:`Contrast` and ``share``, how often it is drawn.
+        organs: range of the share of regions that are no muscle.
+        relaxation: relative SD of relaxation times and proton densities between patients.
+        dephasing: range of R2' of soft tissue in 1/s.
+        trabecular: range of the factor on it in trabecular bone, which distorts the field (Wehrli et al. 1991,
+            Radiology 179:615).
+        lung: range of the power of its density with which the signal of aerated tissue falls.
+        shading: range of the largest factor between bright and dark, a smooth field.
+        noise: range of the SD of Rician noise, as a share of the brightest signal.
+        slice_thickness: range in mm, along one axis; ``thick_slices`` is the share of volumes with such slices.
+    """
+
+    def __init__(
+        self,
+        contrasts: Mapping[str, Mapping[str, Any]],
+        organs: Range = (0.1, 0.6),
+        relaxation: float = 0.12,
+        dephasing: Range = (5, 25),
+        trabecular: Range = (1, 5),
+        lung: Range = (1.0, 2.5),
+        shading: Range = (1.0, 1.5),
+        noise: Range = (0.005, 0.04),
+        slice_thickness: Range = (3, 8),
+        thick_slices: float = 0.6,
+    ) -> None:
+        if not contrasts:
+            raise InputError("no contrasts to simulate; name at least one (configs/whole_body.yaml)")
+        shares = {name: dict(settings).get("share", 1) for name, settings in contrasts.items()}
+        self.contrasts = {
+            name: contrast_of(name, {key: value for key, value in settings.items() if key != "share"})
+            for name, settings in contrasts.items()
+        }
+        self.shares = np.array(list(shares.values()), float) / sum(shares.values())
+        self.organs, self.relaxation, self.dephasing, self.trabecular = organs, relaxation, dephasing, trabecular
+        self.lung, self.shading, self.noise = lung, shading, noise
+        self.slice_thickness, self.thick_slices = slice_thickness, thick_slices
+
+    def __call__(
+        self, ct: np.ndarray, regions: np.ndarray, spacing: Sequence[float], contrast: str | None = None
+    ) -> np.ndarray:
+        """Return the MR of a CT, both (D, H, W), the CT in HU, the MR with its brightest signal near 1000.
+
+        Args:
+            regions: of :func:`tissue_regions`.
+            spacing: mm.
+            contrast: its name; drawn when None.
+
+        Raises:
+            InputError: for an unknown contrast.
+        """
+        if contrast is None:
+            contrast = list(self.contrasts)[self.R.choice(len(self.contrasts), p=self.shares)]
+        if contrast not in self.contrasts:
+            raise InputError(f"no contrast '{contrast}'; there are {', '.join(self.contrasts)}")
+        signal = self._signal(self.contrasts[contrast], voxel_parts(ct, regions), regions)
+        signal *= (regions > 0) / max(float(np.percentile(signal[regions > 0], 99.5)), 1e-6) if regions.any() else 0
+        signal *= self._shading(signal.shape)
+        return 1000 * self._noisy(self._sliced(signal, spacing)).astype(np.float32)
+
+    def _draw(self, limits: Range) -> float:
+        return float(self.R.uniform(*limits))
+
+    def _signal(self, contrast: Contrast, parts: Parts, regions: np.ndarray) -> np.ndarray:
+        """Magnitude of water and fat, by the signal equations of spin echo and spoiled gradient echo."""
+        field = self.R.randint(len(FIELDS))
+        time, angle = self._draw(contrast.repetition_time), np.deg2rad(self._draw(contrast.flip_angle))
+        phase, gradient = self._draw(contrast.fat_phase), contrast.sequence == "gradient_echo"
+        shift = FAT_SHIFT * FIELDS[field] / 1000  # cycles per ms
+        cycles = self.R.randint(0 if phase > 0.25 else 1, 3) + phase  # the first echo in phase is at time zero
+        echo = cycles / shift if gradient else self._draw(contrast.echo_time)
+        dephasing = self._draw(self.dephasing) / 1000 if gradient else 0.0
+        fat_t2, fat_signal = self._draw(contrast.fat_t2), self._draw(contrast.fat_signal)
+
+        def signal(tissue: str, stronger: float = 1.0) -> float:
+            t1, t2, density = TISSUES[tissue]
+            vary = np.exp(self.relaxation * self.R.standard_normal(3))
+            t1, t2 = t1[field] * vary[0], t2[field] * vary[1] * (fat_t2 if tissue == "fat" else 1)
+            weight = np.exp(-time / t1)
+            weighted = np.sin(angle) * (1 - weight) / (1 - np.cos(angle) * weight)
+            return density * vary[2] ** 0.3 * weighted * np.exp(-echo * (1 / t2 + stronger * dephasing))
+
+        spongy = self._draw(self.trabecular) if gradient else 1.0
+        share = self._draw(self.organs)
+        count = int(regions.max()) + 1
+        kinds = np.where(
+            self.R.random_sample(count) < share, self.R.choice(list(ORGANS), count, p=list(ORGANS.values())), "muscle"
+        )
+        muscle = signal("muscle")  # one muscle for the volume, organs of their own
+        water = np.array([muscle if kind == "muscle" else signal(kind) for kind in kinds])
+        water = water * np.exp(0.4 * self.relaxation * self.R.standard_normal(count))  # between muscles
+        water[MARROW] = signal("marrow", spongy)
+        marrow_fat = self._draw((0.3, 0.9))
+        fat_share = np.where(parts.marrow, np.maximum(parts.fat, marrow_fat), parts.fat)
+        fat = fat_signal * signal("fat") * np.where(parts.marrow, np.exp(-echo * (spongy - 1) * dephasing), 1.0)
+        water_signal = ndimage.gaussian_filter(water[regions].astype(np.float32), 0.5) * (1 - fat_share)
+        both = water_signal + fat * fat_share * np.exp(2j * np.pi * phase)
+        aerated = parts.protons ** self._draw(self.lung)
+        return (np.abs(both) * aerated * (1 - parts.mineral)).astype(np.float32)
+
+    def _shading(self, shape: Sequence[int]) -> np.ndarray:
+        """A smooth field whose logarithm spans that of a factor drawn from ``shading``."""
+        coarse = ndimage.zoom(self.R.standard_normal((4, 4, 4)), 2, order=3, mode="nearest")
+        field = ndimage.zoom(coarse, [n / m for n, m in zip(shape, coarse.shape)], order=1, mode="nearest")
+        span = max(float(np.ptp(field)), 1e-6)
+        return np.exp(np.log(self._draw(self.shading)) * (field - field.mean()) / span).astype(np.float32)
+
+    def _sliced(self, signal: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+        """The signal as thick slices along one axis show it, interpolated back."""
+        if self.R.random_sample() >= self.thick_slices:
+            return signal
+        axis, thickness = self.R.randint(3), self._draw(self.slice_thickness)
+        count = max(2, round(signal.shape[axis] * spacing[axis] / thickness))
+        averaged = ndimage.uniform_filter1d(signal, max(1, round(thickness / spacing[axis])), axis, mode="nearest")
+        moved = torch.from_numpy(np.ascontiguousarray(np.moveaxis(averaged, axis, 2)))
+        flat = moved.reshape(1, -1, moved.shape[2])
+        sliced = torch.nn.functional.interpolate(flat, size=count, mode="linear")
+        back = torch.nn.functional.interpolate(sliced, size=moved.shape[2], mode="linear")
+        return np.moveaxis(back.reshape(moved.shape).numpy(), 2, axis)
+
+    def _noisy(self, signal: np.ndarray) -> np.ndarray:
+        """The magnitude of the signal with complex Gaussian noise (Gudbjartsson and Patz 1995)."""
+        sigma = self._draw(self.noise)
+        real, imaginary = (sigma * self.R.standard_normal(signal.shape).astype(np.float32) for _ in range(2))
+        return np.hypot(signal + real, imaginary)
+
+
+class SimulateMRd(MapTransform):
+    """Put a simulated MR on the networks' scale into ``image`` where there is none; the same one for a ``patient`` at
+    every call. ``regions`` are taken out."""
+
+    def __init__(self, simulate: SimulateMR, reference: float, contrast: str | None = None, seed: int = 0) -> None:
+        super().__init__("label")
+        self.simulate, self.contrast, self.seed = simulate, contrast, seed
+        self.standardize = StandardizeMRd("image", reference)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        if "image" in data:
+            return {key: value for key, value in data.items() if key != "regions"}
+        self.simulate.set_random_state(zlib.crc32(f"{self.seed} {data['patient']}".encode()))
+        return self.simulated(data)
+
+    def simulated(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        data = dict(data)
+        ct, regions = data["label"], data.pop("regions")
+        values = self.simulate(np.asarray(ct[0]), np.asarray(regions[0]), np.asarray(ct.pixdim), self.contrast)
+        data["image"] = MetaTensor(torch.from_numpy(values)[None], affine=ct.affine)
+        return self.standardize(data)
+
+
+class RandSimulateMRd(RandomizableTransform, SimulateMRd):
+    """As :class:`SimulateMRd`, at random: always where an item has a CT only, else with probability ``prob``."""
+
+    def __init__(self, simulate: SimulateMR, reference: float, prob: float = 0.0) -> None:
+        SimulateMRd.__init__(self, simulate, reference)
+        RandomizableTransform.__init__(self, prob)
+
+    def set_random_state(self, seed: int | None = None, state: Any = None) -> RandSimulateMRd:
+        self.simulate.set_random_state(seed, state)
+        super().set_random_state(seed, state)
+        return self
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        self.randomize(data)
+        if "image" in data and not self._do_transform:
+            return {key: value for key, value in data.items() if key != "regions"}
+        return self.simulated(data)
