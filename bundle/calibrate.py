@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from bundle.simulate import simulate
 from bundle.workflow import ROOT, inference_workflow
 from custom_modules.data.body import ct_body_mask
 from custom_modules.data.pairs import load_pairs
@@ -16,7 +17,7 @@ from custom_modules.data.volumes import read_volume, sibling_path
 from custom_modules.errors import InputError
 from custom_modules.evaluation.uncertainty import coverage, fit_scale
 from custom_modules.files import inside, sha256, write_json
-from custom_modules.inference.guard import fit
+from custom_modules.inference.guard import Measurements
 
 
 def calibrate(
@@ -37,7 +38,9 @@ def calibrate(
         num_samples: number of samples that inference will draw.
         settings: further settings of configs/inference.yaml, as in later use.
     """
-    pairs = _pairs(dataset_dir, datalist, split)
+    pairs = [pair for pair in _pairs(dataset_dir, datalist, split) if "image" in pair]
+    if not pairs:
+        raise InputError(f"split '{split}' has no pair of MR and CT to calibrate on")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(pred_dir or scratch)
         for pair in pairs:
@@ -82,15 +85,24 @@ def guard(
     path: str = str(ROOT / "models" / "guard.json"),
     **settings: Any,
 ) -> None:
-    """Measure the MRs of the training split and store their statistics, for the check before each synthesis."""
+    """Measure the MRs of the training split and store their statistics, for the check before each synthesis. For CTs
+    without an MR, one of each contrast is simulated."""
     pairs = _pairs(dataset_dir, datalist, split)
-    volumes = [{"image": pair["image"], "output": ""} for pair in pairs]
-    own: dict[str, Any] = {"guard_statistics": None, "dataset#data": volumes}
-    parser = inference_workflow(**own, **settings).parser
-    batches = [
-        _raise_failure(batch) for batch in tqdm(parser.get_parsed_content("dataloader"), desc="measuring", unit="MR")
-    ]
-    statistics = fit(batches, parser.get_parsed_content("network"))
+    with tempfile.TemporaryDirectory() as scratch:
+        images = [pair["image"] for pair in pairs if "image" in pair]
+        alone = [pair["label"] for pair in pairs if "image" not in pair]
+        for number, ct in enumerate(alone):
+            simulate(ct, f"{scratch}/{number}", quiet=True)
+        images += sorted(str(path) for path in Path(scratch).rglob("mr.nii.gz"))
+        own: dict[str, Any] = {
+            "guard_statistics": None,
+            "dataset#data": [{"image": image, "output": ""} for image in images],
+        }
+        parser = inference_workflow(**own, **settings).parser
+        measured = Measurements(parser.get_parsed_content("network"))
+        for batch in tqdm(parser.get_parsed_content("dataloader"), desc="measuring", total=len(images), unit="MR"):
+            measured.add(_raise_failure(batch))
+    statistics = measured.statistics()
     write_json({**statistics, "split": split, "model_sha256": sha256(parser.get_parsed_content("checkpoint"))}, path)
     for name, spread in statistics["measures"].items():
         print(f"{name:<42}{spread['low']:>10.4g} to {spread['high']:.4g}")
@@ -105,4 +117,4 @@ def _raise_failure(batch: dict[str, Any]) -> dict[str, Any]:
 
 def _pairs(dataset_dir: str, datalist: str | None, split: str) -> list[dict[str, str]]:
     path = Path(datalist or Path(dataset_dir) / "datalist.json")
-    return load_pairs(path, dataset_dir, list(dict.fromkeys((split, "training"))))[split]
+    return load_pairs(path, dataset_dir, list(dict.fromkeys((split, "training"))), unpaired=True)[split]

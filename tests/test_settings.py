@@ -43,6 +43,7 @@ def test_every_plain_value_of_the_inference_config_is_in_the_table_or_belongs_to
             "wavelet",
             "denoiser_channels",
             "dsca",
+            "mr_skip",
             "prediction",
             "num_train_timesteps",
             "beta_end",

@@ -33,11 +33,11 @@ def test_an_untrained_skip_adds_nothing_and_is_trained():
 def test_the_skip_changes_a_voxel_by_its_neighbourhood_only():
     network = tiny_network().eval()
     torch.nn.init.normal_(network.mr_skip.layers[-1].weight)
-    latent, mr = torch.zeros(1, 4, 16, 16, 16), torch.zeros(1, 1, 64, 64, 64)
+    latent, mr = torch.zeros(1, 4, 24, 24, 24), torch.zeros(1, 1, 96, 96, 96)
     changed = mr.clone()
-    changed[0, 0, 32, 32, 32] = 1
+    changed[0, 0, 48, 48, 48] = 1
     with torch.no_grad():
         difference = (network.decode(latent, mr=mr) - network.decode(latent, mr=changed)).abs()[0, 0]
     far = difference.clone()
-    far[8:56, 8:56, 8:56] = 0
-    assert difference[32, 32, 32] > 0 and far.max() == 0
+    far[16:80, 16:80, 16:80] = 0
+    assert difference[48, 48, 48] > 0 and far.max() == 0

@@ -36,9 +36,9 @@ class SeededDataset(Dataset):
 
     @property
     def sizes(self) -> list[int]:
-        """Voxels of each item: the dataset's own ``sizes``, or those of the images that a ``CacheDataset`` holds."""
+        """Voxels of each item: the dataset's own ``sizes``, or those of the CTs that a ``CacheDataset`` holds."""
         return (
-            self.dataset.sizes if hasattr(self.dataset, "sizes") else [i["image"].numel() for i in self.dataset._cache]
+            self.dataset.sizes if hasattr(self.dataset, "sizes") else [i["label"].numel() for i in self.dataset._cache]
         )
 
     @property

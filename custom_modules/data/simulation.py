@@ -48,15 +48,16 @@ TISSUES = {
     "brain": Relaxation((1000, 1450), (84, 84), 0.78),
     "fluid": Relaxation((4000, 4000), (1500, 1500), 1.00),
 }
-ORGANS = {"liver": 0.2, "spleen": 0.1, "kidney": 0.15, "pancreas": 0.15, "blood": 0.2, "brain": 0.1, "fluid": 0.1}
+ORGANS = {"liver": 0.2, "spleen": 0.1, "kidney": 0.15, "pancreas": 0.2, "blood": 0.2, "brain": 0.1, "fluid": 0.05}
 FIELDS = 1.5, 3.0  # T
 FAT_SHIFT = 3.4e-6 * 42.58e6  # Hz per T, between water and fat
 
 # HU at which the parts of a voxel begin and end (Schneider et al. 2000: fat -98, muscle 14 to 50, cortical bone 1600)
-LUNG_HU, FAT_HU, SOFT_HU, SPONGY_HU, CORTICAL_HU = -400.0, -100.0, 20.0, 120.0, 1300.0
+LUNG_HU, FAT_HU, SOFT_HU, SPONGY_HU = -400.0, -100.0, 20.0, 120.0
 BONE_HU, BONE_PEAK_HU = 150.0, 500.0  # a skeleton's part goes beyond the second; enhanced vessels do not
+MARROW_HU, MARROW_AREA = 65.0, 3000.0  # red marrow is denser than cord and muscle; mm2 of the inside of a bone
 REGION_GRID, REGION_SIZE = 2, 28.0  # voxels that are pooled to find regions, mm along a region
-MARROW, FIRST_REGION = 1, 2  # labels
+MARROW, SURFACE, FIRST_REGION = 1, 2, 3  # labels
 
 
 class Contrast(NamedTuple):
@@ -67,7 +68,7 @@ class Contrast(NamedTuple):
         repetition_time, echo_time: ms. Gradient echoes take the echo time at which fat has the wanted phase.
         flip_angle: degrees.
         fat_phase: cycles between water and fat, 0 in phase, 0.5 opposed.
-        fat_signal: what fat suppression leaves of it.
+        fat_signal, water_signal: what is left of them where one is suppressed.
         fat_t2: factor on the T2 of fat, which echo trains lengthen (Henkelman et al. 1992, JMRI 2:533).
     """
 
@@ -77,6 +78,7 @@ class Contrast(NamedTuple):
     flip_angle: Range = (90, 90)
     fat_phase: Range = (0, 0)
     fat_signal: Range = (1, 1)
+    water_signal: Range = (1, 1)
     fat_t2: Range = (1, 1)
 
 
@@ -100,18 +102,21 @@ class Parts(NamedTuple):
     marrow: np.ndarray
 
 
-def voxel_parts(ct: np.ndarray, regions: np.ndarray) -> Parts:
-    """Return the parts of the voxels of a CT (D, H, W) in HU; see :func:`tissue_regions`."""
+def voxel_parts(ct: np.ndarray, regions: np.ndarray, cortical_hu: float = 1300.0) -> Parts:
+    """Return the parts of the voxels of a CT (D, H, W) in HU; see :func:`tissue_regions`. At ``cortical_hu`` all is
+    mineral."""
     hu = ndimage.gaussian_filter(ct.astype(np.float32), 0.6)  # the noise of the CT is none of the MR
     lung = np.clip((hu - LUNG_HU) / (FAT_HU - LUNG_HU), 0, 1)  # 0: air and soft tissue, not air and fat
     fat = lung * np.clip((SOFT_HU - hu) / (SOFT_HU - FAT_HU), 0, 1)
-    mineral = np.clip((hu - SPONGY_HU) / (CORTICAL_HU - SPONGY_HU), 0, 1)
+    mineral = np.clip((hu - SPONGY_HU) / (cortical_hu - SPONGY_HU), 0, 1)
     marrow = regions == MARROW
-    return Parts(np.clip((hu + 1000) / (FAT_HU + 1000), 0, 1), fat, mineral * marrow, marrow)
+    bone = marrow | (regions == SURFACE)
+    return Parts(np.clip((hu + 1000) / (FAT_HU + 1000), 0, 1), fat, mineral * bone, marrow)
 
 
 def tissue_regions(ct: np.ndarray, body: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """Label the tissue of a CT (D, H, W): 0 outside the ``body``, 1 bone with its marrow, from 2 on supervoxels.
+    """Label the tissue of a CT (D, H, W): 0 outside the ``body``, 1 inside of bones, 2 their surface, from 3 on
+    supervoxels.
 
     Supervoxels (SLIC, Achanta et al. 2012) on a grid of half the resolution stand for organs and muscles.
     """
@@ -119,7 +124,7 @@ def tissue_regions(ct: np.ndarray, body: np.ndarray, spacing: Sequence[float]) -
     candidates, number = ndimage.label((smooth > BONE_HU) & body)
     peaks = ndimage.maximum(ct, candidates, np.arange(number + 1))
     bone = (np.asarray(peaks) > BONE_PEAK_HU)[candidates] & (candidates > 0)
-    bone = ndimage.binary_closing(bone, ndimage.generate_binary_structure(3, 1), iterations=2) | bone
+    bone = enclosed_marrow(bone, smooth, spacing)
     step = (slice(None, None, REGION_GRID),) * 3
     coarse, inside = np.clip(smooth[step], -200, 200) / 400, (body & ~bone)[step]
     extent = np.prod(np.asarray(spacing) * REGION_GRID) * max(inside.sum(), 1)
@@ -130,8 +135,24 @@ def tissue_regions(ct: np.ndarray, body: np.ndarray, spacing: Sequence[float]) -
     fine = labels.repeat(REGION_GRID, 0).repeat(REGION_GRID, 1).repeat(REGION_GRID, 2)
     fine = fine[tuple(slice(n) for n in ct.shape)]
     regions = np.where(body, FIRST_REGION + np.maximum(fine, 0), 0)
-    regions[bone] = MARROW
+    regions[bone] = SURFACE
+    regions[ndimage.binary_erosion(bone, border_value=1)] = MARROW
     return regions.astype(np.int16)
+
+
+def enclosed_marrow(bone: np.ndarray, hu: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """Bone (D, H, W) with the marrow that it encloses in any plane; the spinal canal and the brain, which bone encloses
+    too, are not as dense as red marrow, or are larger than the inside of a bone."""
+    shell = ndimage.binary_closing(bone, ndimage.generate_binary_structure(3, 1), iterations=2) | bone
+    inside = np.zeros_like(shell)
+    for axis in range(3):
+        area = np.prod(np.delete(np.asarray(spacing, float), axis))
+        planes, found = np.moveaxis(shell, axis, 0), np.moveaxis(inside, axis, 0)
+        for plane, target in zip(planes, found):
+            holes, number = ndimage.label(ndimage.binary_fill_holes(plane) & ~plane)
+            small = np.bincount(holes.ravel(), minlength=number + 1) * area < MARROW_AREA
+            target |= small[holes] & (holes > 0)
+    return bone | ((shell | inside) & (hu > MARROW_HU))
 
 
 class CTBodyd(MapTransform):
@@ -168,6 +189,8 @@ class SimulateMR(Randomizable):
     Args:
         contrasts: by name, the fields of :class:`Contrast` and ``share``, how often it is drawn.
         organs: range of the share of regions that are no muscle.
+        cortical_hu: range of the HU at which a voxel has no signal; below that of cortical bone, because the field
+            around mineral is not even.
         relaxation: relative SD of relaxation times and proton densities between patients.
         dephasing: range of R2' of soft tissue in 1/s.
         trabecular: range of the factor on it in trabecular bone, which distorts the field (Wehrli et al. 1991,
@@ -181,7 +204,8 @@ class SimulateMR(Randomizable):
     def __init__(
         self,
         contrasts: Mapping[str, Mapping[str, Any]],
-        organs: Range = (0.1, 0.6),
+        organs: Range = (0.0, 0.4),
+        cortical_hu: Range = (600, 1300),
         relaxation: float = 0.12,
         dephasing: Range = (5, 25),
         trabecular: Range = (1, 5),
@@ -199,7 +223,9 @@ class SimulateMR(Randomizable):
             for name, settings in contrasts.items()
         }
         self.shares = np.array(list(shares.values()), float) / sum(shares.values())
-        self.organs, self.relaxation, self.dephasing, self.trabecular = organs, relaxation, dephasing, trabecular
+        self.organs, self.cortical_hu, self.relaxation, self.dephasing, self.trabecular = (
+            organs, cortical_hu, relaxation, dephasing, trabecular
+        )  # fmt: skip
         self.lung, self.shading, self.noise = lung, shading, noise
         self.slice_thickness, self.thick_slices = slice_thickness, thick_slices
 
@@ -220,7 +246,8 @@ class SimulateMR(Randomizable):
             contrast = list(self.contrasts)[self.R.choice(len(self.contrasts), p=self.shares)]
         if contrast not in self.contrasts:
             raise InputError(f"no contrast '{contrast}'; there are {', '.join(self.contrasts)}")
-        signal = self._signal(self.contrasts[contrast], voxel_parts(ct, regions), regions)
+        parts = voxel_parts(ct, regions, self._draw(self.cortical_hu))
+        signal = self._signal(self.contrasts[contrast], parts, regions)
         signal *= (regions > 0) / max(float(np.percentile(signal[regions > 0], 99.5)), 1e-6) if regions.any() else 0
         signal *= self._shading(signal.shape)
         return 1000 * self._noisy(self._sliced(signal, spacing)).astype(np.float32)
@@ -256,12 +283,12 @@ class SimulateMR(Randomizable):
         muscle = signal("muscle")  # one muscle for the volume, organs of their own
         water = np.array([muscle if kind == "muscle" else signal(kind) for kind in kinds])
         water = water * np.exp(0.4 * self.relaxation * self.R.standard_normal(count))  # between muscles
-        water[MARROW] = signal("marrow", spongy)
+        water[MARROW], water[SURFACE] = signal("marrow", spongy), muscle
         marrow_fat = self._draw((0.3, 0.9))
         fat_share = np.where(parts.marrow, np.maximum(parts.fat, marrow_fat), parts.fat)
         fat = fat_signal * signal("fat") * np.where(parts.marrow, np.exp(-echo * (spongy - 1) * dephasing), 1.0)
         water_signal = ndimage.gaussian_filter(water[regions].astype(np.float32), 0.5) * (1 - fat_share)
-        both = water_signal + fat * fat_share * np.exp(2j * np.pi * phase)
+        both = self._draw(contrast.water_signal) * water_signal + fat * fat_share * np.exp(2j * np.pi * phase)
         aerated = parts.protons ** self._draw(self.lung)
         return (np.abs(both) * aerated * (1 - parts.mineral)).astype(np.float32)
 

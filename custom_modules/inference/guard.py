@@ -43,13 +43,13 @@ MEASURES = {
 }
 
 
-def measure(batch: Mapping[str, Any], reference: Sequence[float] | None, network: nn.Module | None) -> dict[str, float]:
+def measure(batch: Mapping[str, Any], references: Sequence[Any] | None, network: nn.Module | None) -> dict[str, float]:
     """Measure an MR. Keys of the result are those of :data:`MEASURES`, values are positive.
 
     Args:
         batch: ``image``, the MR (1, 1, D, H, W) in [-1, 1] on the grid of the networks, with the grid it was read on in
             its metadata, and ``body`` of the same shape.
-        reference: histogram of the training set; the distance to it is left out when None.
+        references: histograms of the training MRs; the distance to the nearest is left out when None.
         network: has an autoencoder; without one the reconstruction error is left out.
     """
     image, body = (np.asarray(batch[key])[0, 0] for key in ("image", "body"))
@@ -64,7 +64,7 @@ def measure(batch: Mapping[str, Any], reference: Sequence[float] | None, network
         nib.affines.voxel_sizes(affine).max(),
         right, front, head,
         max(inside.sum(), 1) * grid.prod() / extent.prod(),
-        None if reference is None else histogram_distance(histogram(image, inside), reference),
+        None if references is None else histogram_distance(histogram(image, inside), references),
         2 * detail[2] / (detail[0] + detail[1]),
         detail[0] / detail[1],
         _reconstruction_error(image, inside, network) if hasattr(network, "autoencoder") else None,
@@ -92,10 +92,11 @@ def histogram(image: np.ndarray, inside: np.ndarray) -> np.ndarray:
     return np.histogram(image[inside], HISTOGRAM)[0] / max(inside.sum(), 1)
 
 
-def histogram_distance(shares: Sequence[float] | np.ndarray, reference: Sequence[float] | np.ndarray) -> float:
-    """Return the earth mover's distance between two histograms, in units of the normalised MR."""
+def histogram_distance(shares: Sequence[float] | np.ndarray, references: Sequence[Any]) -> float:
+    """Return the earth mover's distance between a histogram and the nearest of ``references``, in units of the
+    normalised MR."""
     centres = (HISTOGRAM[1:] + HISTOGRAM[:-1]) / 2
-    return float(wasserstein_distance(centres, centres, shares, reference))
+    return min(float(wasserstein_distance(centres, centres, shares, reference)) for reference in references)
 
 
 def _detail(image: np.ndarray, inside: np.ndarray, axis: int) -> float:
@@ -122,31 +123,36 @@ def _reconstruction_error(image: np.ndarray, inside: np.ndarray, network: nn.Mod
     return float(error[inside[crop]].mean()) if inside[crop].any() else float(error.mean())
 
 
-def fit(batches: Sequence[Mapping[str, Any]], network: nn.Module) -> dict[str, Any]:
-    """Compute statistics of the training MRs: the mean histogram, and for each measure its range, and its mean and SD
-    on the scale on which it is compared.
+class Measurements:
+    """Collects what is measured of training MRs, one by one, into the statistics that :class:`Guard` compares with."""
 
-    The distance of each histogram is that to the mean of the others, as for a new patient.
-    """
-    measured = [measure(batch, None, network) for batch in batches]
-    shares = []
-    for batch in batches:
+    def __init__(self, network: nn.Module) -> None:
+        self.network, self.measured, self.histograms = network, [], []  # type: ignore[var-annotated]
+
+    def add(self, batch: Mapping[str, Any]) -> None:
+        """Measure an MR, as :func:`measure` takes it."""
+        self.measured.append(measure(batch, None, self.network))
         image, body = (np.asarray(batch[key])[0, 0] for key in ("image", "body"))
         grid = np.linalg.norm(_first(batch["image"].affine)[:3, :3], axis=0)
-        shares.append(histogram(image, _without_margin(body > 0.5, grid)))
-    for number, values in enumerate(measured):
-        others = np.mean(shares[:number] + shares[number + 1 :], axis=0)
-        values["distance of the intensity histogram"] = histogram_distance(shares[number], others)
-    measures = {}
-    for name in (n for n in MEASURES if n in measured[0]):
-        values = np.array([each[name] for each in measured])
-        scaled = _scaled(name, values)
-        floor = SD_FLOOR * (scaled.mean() if MEASURES[name][1] else 1)
-        measures[name] = {
-            "low": float(values.min()), "high": float(values.max()),
-            "mean": float(scaled.mean()), "sd": float(max(scaled.std(ddof=1), floor)),
-        }  # fmt: skip
-    return {"patients": len(measured), "histogram": np.mean(shares, axis=0).tolist(), "measures": measures}
+        self.histograms.append(histogram(image, _without_margin(body > 0.5, grid)))
+
+    def statistics(self) -> dict[str, Any]:
+        """Return the histograms, and for each measure its range, and its mean and SD on the scale on which it is
+        compared. The distance of each histogram is that to the nearest of the others, as for a new patient."""
+        for number, values in enumerate(self.measured):
+            others = self.histograms[:number] + self.histograms[number + 1 :]
+            values["distance of the intensity histogram"] = histogram_distance(self.histograms[number], others)
+        measures = {}
+        for name in (n for n in MEASURES if n in self.measured[0]):
+            values = np.array([each[name] for each in self.measured])
+            scaled = _scaled(name, values)
+            floor = SD_FLOOR * (scaled.mean() if MEASURES[name][1] else 1)
+            measures[name] = {
+                "low": float(values.min()), "high": float(values.max()),
+                "mean": float(scaled.mean()), "sd": float(max(scaled.std(ddof=1), floor)),
+            }  # fmt: skip
+        histograms = [[round(float(share), 5) for share in shares] for shares in self.histograms]
+        return {"patients": len(self.measured), "histograms": histograms, "measures": measures}
 
 
 def _scaled(name: str, value: Any) -> Any:
@@ -198,7 +204,7 @@ class Guard:
         if self.statistics is None:
             return None
         wanted = network if "reconstruction error" in self.statistics["measures"] else None
-        values = measure(batch, self.statistics["histogram"], wanted)
+        values = measure(batch, self.statistics["histograms"], wanted)
         off = deviations(values, self.statistics)
         ranges = self.statistics["measures"]
         warnings = [_sentence(name, values[name], off[name], ranges[name]) for name in off if off[name] > self.limit]
