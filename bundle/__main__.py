@@ -31,10 +31,11 @@ COMMANDS = {
     "prepare": ("bundle.prepare.command", None),
     "phantom": ("bundle.phantom.command", None),
     "simulate": ("bundle.simulate", None),
+    "train": ("bundle.train", "train"),
     "compare": ("bundle.compare.command", "train"),
     "calibrate": ("bundle.calibrate", "inference"),
     "guard": ("bundle.calibrate", "inference"),
-    "ship": ("bundle.release.ship", None),
+    "ship": ("bundle.release.ship", "inference"),
     "export": ("bundle.release.export", "inference"),
     "package": ("bundle.release.package", None),
 }

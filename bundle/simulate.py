@@ -56,16 +56,17 @@ def simulate(
     folder = Path(writable_or_stop(output_dir))
     read = Compose(
         [
-            ReadVolumed("label"), Orientationd("label", axcodes="RAS", labels=None), ToSpacingd("label", [spacing] * 3),
+            Orientationd("label", axcodes="RAS", labels=None), ToSpacingd("label", [spacing] * 3),
             CTBodyd("label"), CTRegionsd("label"),
         ]
     )  # fmt: skip
     entries = []
     volumes = find_volumes(str(ct))
     for number, volume in enumerate(tqdm(volumes, desc="simulating", unit="CT", disable=quiet)):
-        data = read({"label": volume["image"]})
+        source = ReadVolumed("label")({"label": volume["image"]})
+        check_hu(np.asarray(source["label"][0]), str(volume["image"]))
+        data = read(source)
         values, regions = np.asarray(data["label"][0]), np.asarray(data["regions"][0])
-        check_hu(values, str(volume["image"]))
         patient = volume["output"].removesuffix("_sct.nii.gz")
         for contrast in names:
             simulator.set_random_state(seed_of(seed, number, list(simulator.contrasts).index(contrast)))

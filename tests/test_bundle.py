@@ -1,5 +1,6 @@
 """The commands around the bundle: pictures, phantom, demo."""
 
+import shutil
 import subprocess
 
 import matplotlib.image
@@ -51,11 +52,17 @@ def test_demo_falls_back_to_the_phantom_when_the_index_cannot_be_reached(tmp_pat
         return subprocess.CompletedProcess(args, 1, "", "no route to the index")
 
     called = []
+
+    def perfect(mr, output, **settings):
+        called.append(mr)
+        shutil.copy(tmp_path / "ct.nii.gz", output)
+
     monkeypatch.setattr(demo_module.subprocess, "run", refuse)
-    monkeypatch.setattr(demo_module, "synthesize", lambda mr, output_dir, **settings: called.append(mr))
+    monkeypatch.setattr(demo_module, "synthesize", perfect)
     demo_module.demo(output_dir=str(tmp_path))
-    assert "no route to the index" in capsys.readouterr().out
-    assert called == [str(tmp_path / "phantom_mr.nii.gz")]
+    said = capsys.readouterr().out
+    assert "no route to the index" in said and "error         0 HU" in said and "bone Dice 1.00" in said
+    assert called == [str(tmp_path / "mr.nii.gz")] and (tmp_path / "sct.png").is_file()
     assert nib.load(called[0]).shape == torso_phantom()[0].shape
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from conftest import ROOT, TRAINING, save, small_torso, train
 from monai.data import MetaTensor
 from scipy import ndimage
 
+from bundle.simulate import simulate
 from custom_modules.data.pairs import check_pairs_or_stop, load_pairs
 from custom_modules.data.sampler import DistinctPatientSampler
 from custom_modules.data.simulation import (
@@ -266,3 +268,19 @@ def test_pairs_and_cts_without_mr_train_together(tmp_path):
     latents = workflow.parser.get_parsed_content("train#latents")
     assert latents.groups == [True, False, True] and (tmp_path / "ldm/model.pt").is_file()
     assert len(workflow.parser.get_parsed_content("validate#dataset")) == 2
+
+
+@pytest.mark.integration
+def test_simulated_pairs_are_a_dataset_that_evaluate_takes(tmp_path):
+    save(tmp_path / "ct/a.nii.gz", blocks(), np.diag([2.0, 2, 2, 1]))
+    simulate(str(tmp_path / "ct"), str(tmp_path / "out"), "t1_spin_echo,t2")
+    pairs = load_pairs(tmp_path / "out/datalist.json", tmp_path / "out", ["test"])["test"]
+    assert [pair["patient"] for pair in pairs] == ["a_t1_spin_echo", "a_t2"]
+    volumes = [nib.load(pair[key]) for pair in pairs for key in ("image", "label")]
+    assert all(np.array_equal(volume.affine, volumes[0].affine) for volume in volumes)
+    assert not np.array_equal(volumes[0].get_fdata(), volumes[2].get_fdata())
+    with pytest.raises(InputError, match="no contrast 'flair'; there are"):
+        simulate(str(tmp_path / "ct"), str(tmp_path / "out"), "flair")
+    save(tmp_path / "mr.nii.gz", blocks() + 1100, np.diag([2.0, 2, 2, 1]))
+    with pytest.raises(InputError, match="mr.nii.gz: .* not Hounsfield"):
+        simulate(str(tmp_path / "mr.nii.gz"), str(tmp_path / "out"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from bundle.calibrate import calibrate, guard
 from bundle.workflow import ROOT
@@ -17,6 +18,7 @@ def ship(
     output: str = str(ROOT / "models" / "model.pt"),
     dataset_dir: str | None = None,
     datalist: str | None = None,
+    **settings: Any,
 ) -> None:
     """Make the result of a training the weights of the bundle, with the statistics that belong to them.
 
@@ -26,6 +28,7 @@ def ship(
     Args:
         dataset_dir: folder that the datalist's paths are relative to.
         datalist: MONAI datalist; DATASET_DIR/datalist.json when None.
+        settings: of configs/inference.yaml, such as --device, for calibration and guard.
     """
     state, trained_with = read_weights(checkpoint)
     digest = save_weights(state, output, trained_with=trained_with)
@@ -40,5 +43,5 @@ def ship(
         if old:
             print(f"warning: {' and '.join(old)} in {folder} belong to other weights; ship with --dataset_dir")
         return
-    calibrate(dataset_dir, datalist, path=str(folder / "calibration.json"), checkpoint=output)
-    guard(dataset_dir, datalist, path=str(folder / "guard.json"), checkpoint=output)
+    calibrate(dataset_dir, datalist, path=str(folder / "calibration.json"), checkpoint=output, **settings)
+    guard(dataset_dir, datalist, path=str(folder / "guard.json"), checkpoint=output, **settings)

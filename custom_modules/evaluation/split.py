@@ -82,11 +82,19 @@ class Evaluation:
 
     @cached_property
     def _splits(self) -> dict[str, list[dict[str, str]]]:
-        """Pairs of the split and, for the MR lookup, of the training split if there is one."""
+        """Pairs of the split and, for the MR lookup, of the training split if there is one. CTs without an MR, which
+        training takes, are left out."""
         try:
-            return load_pairs(self.path, self.dataset_dir, list(dict.fromkeys((self.split, "training"))))
+            found = load_pairs(
+                self.path, self.dataset_dir, list(dict.fromkeys((self.split, "training"))), unpaired=True
+            )
         except InputError:
-            return load_pairs(self.path, self.dataset_dir, [self.split])
+            found = load_pairs(self.path, self.dataset_dir, [self.split], unpaired=True)
+        pairs = {split: [pair for pair in entries if "image" in pair] for split, entries in found.items()}
+        left_out = len(found[self.split]) - len(pairs[self.split])
+        if left_out:
+            logger.warning("%d CTs without an MR are not scored; wldm simulate makes pairs of them", left_out)
+        return pairs
 
     def run(self) -> list[Row]:
         """Synthesise, score and write everything; return the rows of ``metrics.csv``."""
