@@ -11,7 +11,7 @@ import numpy as np
 from bundle.montage import montage
 from bundle.workflow import inference_workflow
 from custom_modules.data.inputs import find_volumes
-from custom_modules.data.volumes import EXTENSIONS, read_volume
+from custom_modules.data.volumes import EXTENSIONS, read_volume, sibling_path
 from custom_modules.errors import InputError
 from custom_modules.memory import peak_memory_gib
 
@@ -24,7 +24,8 @@ def synthesize(mr: str, output_dir: str = "eval", **settings: Any) -> None:
         output_dir: a folder, or for a single MR the file to write.
         settings: of configs/inference.yaml, such as --num_inference_steps, --seed, --sampling or --device.
     """
-    volumes = find_volumes(str(mr), series=settings.get("series"), pattern=settings.get("pattern"))
+    choice = {name: settings[name] for name in ("series", "pattern", "output_format") if name in settings}
+    volumes = find_volumes(str(mr), **choice)
     folder = Path(str(output_dir))
     if str(output_dir).lower().endswith(EXTENSIONS):
         if len(volumes) > 1:
@@ -60,7 +61,6 @@ def picture(mr: str | Path, sct: str | Path, ct: np.ndarray | None = None, path:
         columns["CT"] = (ct, "HU")
         columns["synthetic CT - CT"] = (np.asarray(pred[0]) - ct, "error")
     sct = Path(sct)
-    extension = next(e for e in EXTENSIONS if sct.name.lower().endswith(e))
-    path = path or sct.with_name(sct.name[: -len(extension)] + ".png")
+    path = path or sibling_path(sct, "", ".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     return montage(columns, np.asarray(image.affine), path, title=sct.name)
