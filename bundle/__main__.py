@@ -34,6 +34,7 @@ COMMANDS = {
     "calibrate": ("bundle.calibrate", "inference"),
     "guard": ("bundle.calibrate", "inference"),
     "ship": ("bundle.release.ship", None),
+    "export-dicom": ("bundle.clinical.export_dicom", None),
     "export": ("bundle.release.export", "inference"),
     "package": ("bundle.release.package", None),
 }
@@ -78,7 +79,7 @@ def run(name: str, arguments: list[str]) -> None:
     check_flags(name, arguments)
     quiet, verbose = (_given(arguments, flag) for flag in ("--quiet", "--verbose"))
     messages.set_up(quiet, verbose)
-    function = getattr(importlib.import_module(COMMANDS[name][0]), name)
+    function = getattr(importlib.import_module(COMMANDS[name][0]), name.replace("-", "_"))
     try:
         fire.Fire(typed(function), command=arguments, name=f"wldm {name}")
     except InputError as error:
@@ -142,7 +143,7 @@ def source(name: str) -> ast.FunctionDef:
     """Return the syntax tree of the function of the command ``name``."""
     path = Path(BUNDLE_ROOT, *COMMANDS[name][0].split(".")).with_suffix(".py")
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    return next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    return next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name.replace("-", "_"))
 
 
 def overview() -> str:

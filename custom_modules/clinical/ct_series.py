@@ -3,6 +3,8 @@ in a study of its own."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -20,16 +22,25 @@ from pydicom.sequence import Sequence as DicomSequence
 from pydicom.uid import UID, CTImageStorage
 from pydicom.valuerep import format_number_as_ds
 
-from custom_modules.clinical.study import MARK, SOFTWARE, Origin, Study, code, content_uid, new_instance, new_study
+from custom_modules.clinical.study import (
+    MARK,
+    SOFTWARE,
+    Origin,
+    Study,
+    code,
+    content_uid,
+    new_instance,
+    new_study,
+    study_of,
+)
 from custom_modules.clinical.study import save as save_instance
-from custom_modules.clinical.study import study_of
 from custom_modules.config_check import result_settings
 from custom_modules.data.dicom import is_series, series_at
 from custom_modules.data.grid import GRID_TOLERANCE
 from custom_modules.data.slices import slice_affine
 from custom_modules.data.volumes import EXTENSIONS, log_overwriting, volume_files
 from custom_modules.errors import InputError
-from custom_modules.files import atomic_folder, inside, sha256
+from custom_modules.files import atomic_folder, inside, sha256, to_plain
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +87,10 @@ class CTSeries:
     def identity(self) -> tuple[Any, ...]:
         """What its UIDs follow from: input, weights, settings and voxels."""
         origin = self.origin
-        made = sha256_of(self.stack), origin.input_sha256, origin.model_sha256, origin.version
-        return (*made, self.study.common.StudyInstanceUID, sorted((k, str(v)) for k, v in origin.settings.items()))
+        voxels = hashlib.sha256(np.ascontiguousarray(self.stack, dtype="<i2")).hexdigest()
+        settings = json.dumps(to_plain(origin.settings), sort_keys=True)
+        study = str(self.study.common.StudyInstanceUID)
+        return voxels, study, origin.input_sha256, origin.model_sha256, origin.version, settings
 
     @property
     def uid(self) -> UID:
@@ -92,13 +105,6 @@ class CTSeries:
         """Millimetres between slices."""
         first, last = self.planes[0].position, self.planes[-1].position
         return float(np.linalg.norm(last - first) / max(len(self.planes) - 1, 1))
-
-
-def sha256_of(array: np.ndarray) -> str:
-    """Return the SHA-256 of an array's bytes."""
-    import hashlib
-
-    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
 
 
 def ct_series(hu: np.ndarray, affine: np.ndarray, origin: Origin, source: str | Path) -> CTSeries:
@@ -159,7 +165,7 @@ def _axial(hu: np.ndarray, affine: np.ndarray, name: str) -> tuple[np.ndarray, t
     directions = axes / spacing
     sheared = np.abs(directions.T @ directions - np.eye(3)).max() * np.max(spacing * turned.shape)
     if sheared > GRID_TOLERANCE or np.linalg.det(directions) < 0:
-        raise InputError(f"{name}: its axes are not perpendicular ({sheared:.2g} mm off); resample it to a straight grid")
+        raise InputError(f"{name}: its axes are not perpendicular ({sheared:.2g} mm off); resample it")
     steps = np.arange(turned.shape[2])[:, None] * axes[:, 2] + (LPS @ affine)[:3, 3]
     orientation, between = directions[:, :2].T, spacing[[1, 0]]
     return turned.transpose(2, 1, 0).astype(np.int16), tuple(Plane(step, orientation, between) for step in steps)
@@ -227,8 +233,8 @@ def _add_derivation(item: Dataset, series: CTSeries, number: int) -> None:
     origin, study = series.origin, series.study
     item.ImageComments = f"SYNTHETIC CT, predicted from MR by {SOFTWARE} {origin.version}; {MARK}"
     item.DerivationDescription = (
-        f"Synthetic CT, HU predicted from MR by {SOFTWARE} {origin.version}, weights sha256 {origin.weights}, trained on "
-        f"CT of {TRAINING_KVP} kVp (assumed); {MARK}"
+        f"Synthetic CT, HU predicted from MR by {SOFTWARE} {origin.version}, weights sha256 {origin.weights}, "
+        f"trained on CT of {TRAINING_KVP} kVp (assumed); {MARK}"
     )
     contribution = Dataset()
     contribution.PurposeOfReferenceCodeSequence = [code("109102", "Processing Equipment")]

@@ -52,8 +52,9 @@ class Sidecar:
         return sha256(self.checkpoint) if Path(self.checkpoint).is_file() else None
 
     def is_finished(self, item: Mapping[str, str]) -> bool:
-        """Whether ``item["output"]`` exists, and what belongs beside it, and its record names the input ``item["image"]``, these weights, these
-        settings and the hash of that output. False if the record cannot be read."""
+        """Whether ``item["output"]`` exists, with what belongs beside it, and its record names the input
+        ``item["image"]``, these weights, these settings and the hash of that output. False if the record cannot be
+        read."""
         target = self.output_dir / item["output"]
         record = sibling_path(target, "", ".json")
         beside = [sibling_path(target, "", EXTENSIONS[0])] if self.beside_series and target.is_dir() else []
