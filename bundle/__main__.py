@@ -35,6 +35,9 @@ COMMANDS = {
     "guard": ("bundle.calibrate", "inference"),
     "ship": ("bundle.release.ship", None),
     "export-dicom": ("bundle.clinical.export_dicom", None),
+    "attenuation": ("bundle.clinical.maps", None),
+    "density": ("bundle.clinical.maps", None),
+    "pet": ("bundle.clinical.pet", None),
     "export": ("bundle.release.export", "inference"),
     "package": ("bundle.release.package", None),
 }

@@ -178,9 +178,11 @@ def _datalist(path: Path) -> list[str]:
 
 
 def is_own_output(path: Path) -> bool:
-    """Whether a volume is a synthetic CT or its standard deviation, because its record lies in the same folder."""
+    """Whether a volume is a synthetic CT, or something that was made of it such as its standard deviation
+    ``a_sct_sd.nii.gz``, because its record lies in the same folder."""
     stem = _stem(path.name)
-    return any(input_of(path.with_name(name)) for name in (stem, stem.removesuffix("_sd")))
+    names = [stem.rsplit("_", parts)[0] for parts in range(stem.count("_") + 1)]
+    return any(input_of(path.with_name(name)) for name in names if name)
 
 
 # choosing among them, and naming their synthetic CTs

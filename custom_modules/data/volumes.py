@@ -287,13 +287,15 @@ def input_of(path: str | Path) -> str | None:
         return None
 
 
-def write_volume(volume: MetaTensor, path: str | Path) -> None:
-    """Write (1, D, H, W) with its affine, in its own dtype, completely or not at all."""
+def write_volume(volume: MetaTensor, path: str | Path, description: str = "") -> None:
+    """Write (1, D, H, W) with its affine, in its own dtype, completely or not at all; ``description`` goes into the
+    header of NIfTI, which has room for 79 characters."""
     array, affine = np.asarray(volume)[0], np.asarray(volume.affine)
     with atomic_write(path) as temporary:
         if Path(path).name.lower().endswith((".nii", ".nii.gz")):
             image = nib.Nifti1Image(array, affine)
             image.header.set_xyzt_units("mm")
+            image.header["descrip"] = description[:79].encode("ascii", "replace")
             nib.save(image, temporary)
         else:
             image = ITKWriter.create_backend_obj(array, channel_dim=None, affine=affine, dtype=array.dtype)
