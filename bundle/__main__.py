@@ -38,6 +38,7 @@ COMMANDS = {
     "attenuation": ("bundle.clinical.maps", None),
     "density": ("bundle.clinical.maps", None),
     "pet": ("bundle.clinical.pet", None),
+    "dose": ("bundle.clinical.dose", None),
     "export": ("bundle.release.export", "inference"),
     "package": ("bundle.release.package", None),
 }

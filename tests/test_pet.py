@@ -48,7 +48,7 @@ def test_a_larger_attenuation_gives_larger_factors_and_activity():
     longest = 100 * np.expm1(0.01 * 2 * 12.5 * 0.4)
     assert figures["acf"]["max_abs"] == pytest.approx(longest, rel=0.05)
     assert figures["suv"]["none"] == {}
-    # in the middle, Abel's inverse of L (exp(dL) - 1) with the chord L, d = 0.01 per cm and R = 5 cm: 8 dR / pi + 3 d²R²
+    # in the middle, Abel's inverse of L (exp(dL) - 1) with the chord L, d = 0.01 / cm and R = 5 cm: 8 dR/pi + 3 d²R²
     expected = 8 * 0.01 * 5 / np.pi + 3 * 0.01**2 * 5**2
     assert volumes["relative"][20, 20, 1] == pytest.approx(expected, rel=0.03)
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from bundle.clinical.maps import moved, read_ct, save_map
+from bundle.clinical.maps import moved, save_map
+from bundle.clinical.pair import Pair, read_pair
 from bundle.montage import montage
-from custom_modules.clinical.attenuation import FWHM, Grid, attenuation_of, smooth, upright_grid
+from custom_modules.clinical.attenuation import FWHM, Grid, attenuation_of, smooth
 from custom_modules.clinical.pet import Ring, pet_error
 from custom_modules.clinical.study import MARK
-from custom_modules.data.body import ct_tissue_mask
-from custom_modules.data.hu import AIR_HU, BONE_HU, TISSUE_HU
-from custom_modules.data.volumes import read_volume, sibling_path
+from custom_modules.data.hu import BONE_HU, TISSUE_HU
+from custom_modules.data.volumes import sibling_path
 from custom_modules.errors import InputError
 from custom_modules.files import write_json
 from custom_modules.memory import peak_memory_gib
@@ -46,13 +46,10 @@ def pet(
     if not (1 <= pitch <= 20 and 100 <= diameter <= 2000 and 8 <= angles <= 2000):
         raise InputError("--pitch must be 1 to 20 mm, --diameter 100 to 2000 mm, --angles 8 to 2000")
     started = time.perf_counter()
-    (hu, grid), (other, other_grid) = read_ct(ct), read_ct(sct)
-    other = moved(other - AIR_HU, other_grid, grid, f"{sct} and {ct}") + AIR_HU
-    field = np.asarray(read_volume(mr)[0]) > 0 if mr else np.ones(grid.shape, dtype=bool)
-    hu, other = (np.where(field, values, AIR_HU) for values in (hu, other))
-    target = upright_grid(grid, (pitch, pitch, pitch))
-    true_mu, mu = (on_pet(attenuation_of(values, kvp, model), grid, target, fwhm) for values in (hu, other))
-    regions = regions_of(hu, grid, target)
+    pair = read_pair(ct, sct, mr)
+    target = pair.upright(pitch)
+    true_mu, mu = (on_pet(attenuation_of(hu, kvp, model), pair.grid, target, fwhm) for hu in (pair.ct, pair.sct))
+    regions = regions_of(pair, target)
     figures, volumes = pet_error(true_mu, mu, regions, Ring(diameter, pitch, angles))
     seconds = time.perf_counter() - started
     path = Path(output) if output else sibling_path(sct, "_pet", ".json")
@@ -71,12 +68,10 @@ def on_pet(mu: np.ndarray, grid: Grid, target: Grid, fwhm: float) -> np.ndarray:
     return moved(smooth(mu, grid.spacing, fwhm), grid, target, "the CT")
 
 
-def regions_of(hu: np.ndarray, grid: Grid, target: Grid) -> dict[str, np.ndarray]:
+def regions_of(pair: Pair, target: Grid) -> dict[str, np.ndarray]:
     """Return body, soft tissue, bone and air of a CT as masks on the grid of the PET: voxels with more than half of
     each."""
-    body = ct_tissue_mask(hu)
-    if not body.any():
-        raise InputError("there is no body in the CT")
+    hu, body, grid = pair.ct, pair.body, pair.grid
     classes = {
         "body": body, "soft": body & (hu > TISSUE_HU) & (hu <= BONE_HU), "bone": body & (hu > BONE_HU),
         "air": body & (hu <= TISSUE_HU),
