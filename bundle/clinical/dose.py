@@ -34,7 +34,7 @@ Volumes = Mapping[str, np.ndarray]
 
 
 def dose(
-    ct: str, sct: str, target: str | None = None, mr: str | None = None, spacing: float = 3.0, bixel: float = 7.0,
+    ct: str, sct: str, target: str | None = None, mr: str | None = None, outline: bool = False, spacing: float = 3.0, bixel: float = 7.0,
     modes: str = "photons,protons", output: str | None = None,
 ) -> None:  # fmt: skip
     """Compare the dose of the same photon and proton plan on a CT and on a synthetic CT.
@@ -48,6 +48,7 @@ def dose(
         sct: the synthetic CT, HU, in the same frame of reference.
         target: mask of the target, any grid; a ball of 20 mm radius in the middle of the body when None.
         mr: the MR; where it is 0 the synthetic CT had nothing to go by, and both are air.
+        outline: keep the synthetic CT beyond the body of the CT, otherwise it is air there.
         spacing: mm, of the dose grid.
         bixel: mm, width of the beamlets.
         modes: photons, protons, or both separated by a comma.
@@ -61,7 +62,7 @@ def dose(
     if not PYTHON.is_file():
         raise InputError(f"{PYTHON.parent.parent.name}: the environment for dose is not there; run `make dose`")
     started = time.perf_counter()
-    pair = read_pair(ct, sct, mr)
+    pair = read_pair(ct, sct, mr, outline)
     grid = pair.upright(spacing)
     volumes = on_dose_grid(pair, grid)
     volumes["target"] = target_mask(target, volumes["body"], grid)
@@ -89,10 +90,8 @@ def children_memory() -> float:
 
 def on_dose_grid(pair: Pair, grid: Grid) -> dict[str, np.ndarray]:
     """Return CT, synthetic CT (HU) and body on the grid of the dose."""
-    hu = {
-        name: moved(values - AIR_HU, pair.grid, grid, name) + AIR_HU
-        for name, values in (("ct", pair.ct), ("sct", pair.sct))
-    }
+    both = {"ct": pair.ct, "sct": pair.sct}
+    hu = {name: moved(values - AIR_HU, pair.grid, grid, name) + AIR_HU for name, values in both.items()}
     return {**hu, "body": moved(pair.body.astype(np.float32), pair.grid, grid, "body") > 0.5}
 
 
@@ -186,9 +185,8 @@ def report(figures: Mapping[str, Any], modes: list[str]) -> None:
             one, other = (found[f"target {system}"][name] for system in ("ct", "sct"))
             print(f"  target {name:<6}{one:.3f} Gy on the CT, {other:.3f} Gy on the synthetic CT")
     for axis, found in figures["wepl"].items():
-        print(
-            f"path, {axis:<14}{found['mean']:+.2f} mm, absolute {found['mean_abs']:.2f}, 95 % below {found['p95']:.2f}"
-        )
+        mean, mean_abs, p95 = (found[name] for name in ("mean", "mean_abs", "p95"))
+        print(f"path, {axis:<14}{mean:+.2f} mm, absolute {mean_abs:.2f}, 95 % below {p95:.2f}")
 
 
 # files

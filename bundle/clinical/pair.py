@@ -34,8 +34,12 @@ class Pair:
         return upright_grid(self.grid, (spacing, spacing, spacing))
 
 
-def read_pair(ct: str, sct: str, mr: str | None = None) -> Pair:
+def read_pair(ct: str, sct: str, mr: str | None = None, outline: bool = False) -> Pair:
     """Read CT and synthetic CT. Where the MR is 0, the synthetic CT had nothing to go by: there both are air.
+
+    Args:
+        outline: keep the synthetic CT beyond the body of the CT. Otherwise it is air there, as in the image scores,
+            for a CT that ends within the body cannot be told from its skin.
 
     Raises:
         InputError: for volumes that are not in HU, do not overlap, or hold no body.
@@ -51,5 +55,7 @@ def read_pair(ct: str, sct: str, mr: str | None = None) -> Pair:
     for body, path in zip(bodies, (ct, sct)):
         if not body.any():
             raise InputError(f"{path}: holds no body, only air")
+    if not outline:
+        bodies[1] = bodies[0]
     hu, other = (np.where(body, values, AIR_HU) for body, values in zip(bodies, (hu, other)))
     return Pair(hu.astype(np.float32), other.astype(np.float32), bodies[0], grid)

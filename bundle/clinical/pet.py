@@ -23,7 +23,7 @@ from custom_modules.memory import peak_memory_gib
 
 def pet(
     ct: str, sct: str, kvp: int = 120, model: str = "carney", fwhm: float = FWHM, diameter: float = 700.0,
-    pitch: float = 4.0, angles: int = 120, mr: str | None = None, output: str | None = None,
+    pitch: float = 4.0, angles: int = 120, mr: str | None = None, outline: bool = False, output: str | None = None,
 ) -> None:  # fmt: skip
     """Compare the attenuation correction of a PET by a synthetic CT with that by the CT.
 
@@ -41,12 +41,13 @@ def pet(
         pitch: mm, between lines of response, slices and pixels.
         angles: directions over 180 degrees.
         mr: the MR; where it is 0 the synthetic CT had nothing to go by, and both maps are air.
+        outline: keep the synthetic CT beyond the body of the CT, otherwise it is air there.
         output: the JSON file to write; SCT_pet.json when None.
     """
     if not (1 <= pitch <= 20 and 100 <= diameter <= 2000 and 8 <= angles <= 2000):
         raise InputError("--pitch must be 1 to 20 mm, --diameter 100 to 2000 mm, --angles 8 to 2000")
     started = time.perf_counter()
-    pair = read_pair(ct, sct, mr)
+    pair = read_pair(ct, sct, mr, outline)
     target = pair.upright(pitch)
     true_mu, mu = (on_pet(attenuation_of(hu, kvp, model), pair.grid, target, fwhm) for hu in (pair.ct, pair.sct))
     regions = regions_of(pair, target)
