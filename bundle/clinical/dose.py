@@ -34,8 +34,8 @@ Volumes = Mapping[str, np.ndarray]
 
 
 def dose(
-    ct: str, sct: str, target: str | None = None, mr: str | None = None, outline: bool = False, spacing: float = 3.0, bixel: float = 7.0,
-    modes: str = "photons,protons", output: str | None = None,
+    ct: str, sct: str, target: str | None = None, mr: str | None = None, outline: bool = False, spacing: float = 3.0,
+    bixel: float = 7.0, modes: str = "photons,protons", output: str | None = None,
 ) -> None:  # fmt: skip
     """Compare the dose of the same photon and proton plan on a CT and on a synthetic CT.
 
@@ -70,7 +70,11 @@ def dose(
     figures = {mode: compare(made, volumes, mode) for mode in chosen}
     figures["wepl"] = {axis: wepl(volumes, grid, n) for n, axis in ((1, "front to back"), (0, "left to right"))}
     path = Path(output) if output else sibling_path(sct, "_dose", ".json")
-    record = {"ct": str(Path(ct).resolve()), "sct": str(Path(sct).resolve()), "target": str(target or "ball of 20 mm")}
+    record: dict[str, Any] = {
+        "ct": str(Path(ct).resolve()),
+        "sct": str(Path(sct).resolve()),
+        "target": str(target or "ball of 20 mm"),
+    }
     record |= {"settings_dose": {"spacing": spacing, "bixel": bixel, "dose": DOSE, "angles": ANGLES}, **figures}
     seconds = time.perf_counter() - started
     write_json({**record, "time_s": round(seconds, 1), "peak_memory_gib": children_memory(), "note": MARK}, path)
@@ -116,11 +120,19 @@ def target_mask(path: str | None, body: np.ndarray, grid: Grid) -> np.ndarray:
 
 def plan(volumes: Volumes, grid: Grid, modes: list[str], bixel: float) -> dict[str, np.ndarray]:
     """Run the worker in its own environment; return its doses and gamma as (D, H, W) on ``grid``, RAS order."""
-    flipped = {name: values[::-1, ::-1].transpose(2, 1, 0) for name, values in volumes.items()}  # to z, y, x in LPS
+    flipped: dict[str, Any] = {
+        name: values[::-1, ::-1].transpose(2, 1, 0) for name, values in volumes.items()
+    }  # to z, y, x in LPS
     last = grid.affine[:3, 3] + grid.affine[:3, :3] @ (np.array(grid.shape) - 1)
     origin = np.array([-last[0], -last[1], grid.affine[2, 3]])
-    angles = {f"{mode}_angles": np.array(ANGLES[mode], dtype=float) for mode in modes}
-    given = {"spacing": grid.spacing[0], "origin": origin, "dose": DOSE, "modes": np.array(modes), "bixel": bixel}
+    angles: dict[str, Any] = {f"{mode}_angles": np.array(ANGLES[mode], dtype=float) for mode in modes}
+    given: dict[str, Any] = {
+        "spacing": grid.spacing[0],
+        "origin": origin,
+        "dose": DOSE,
+        "modes": np.array(modes),
+        "bixel": bixel,
+    }
     with tempfile.TemporaryDirectory(prefix="dose") as folder:
         source, target = Path(folder) / "in.npz", Path(folder) / "out.npz"
         np.savez(source, gamma=np.array(GAMMA), **given, **angles, **flipped)

@@ -85,7 +85,7 @@ def gamma(reference: np.ndarray, other: np.ndarray, spacing: float, percent: flo
 
 def main(source: str, target: str) -> None:
     given = np.load(source)
-    made: dict[str, np.ndarray] = {}
+    made: dict[str, Any] = {}
     for mode in given["modes"].tolist():
         reference, other = doses(mode, given)
         made[f"{mode}_ct"], made[f"{mode}_sct"] = reference, other

@@ -184,4 +184,8 @@ def code(value: str, meaning: str, scheme: str = "DCM") -> Dataset:
 
 def save(item: Dataset, path: Path) -> None:
     """Write a data set with its preamble."""
-    item.save_as(path, enforce_file_format=True)
+    if int(pydicom.__version__.split(".")[0]) < 3:  # the label server's
+        item.is_little_endian, item.is_implicit_VR = True, False
+        item.save_as(path, write_like_original=False)
+    else:
+        item.save_as(path, enforce_file_format=True)
