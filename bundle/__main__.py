@@ -161,7 +161,7 @@ def overview() -> str:
     for name in COMMANDS:
         doc = ast.get_docstring(source(name)) or ""
         first = " ".join(doc.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
-        lines.append(textwrap.fill(f"  {name:<12}{first}", 110, subsequent_indent=" " * 14))
+        lines.append(textwrap.fill(f"  {name:<14}{first}", 110, subsequent_indent=" " * 16))
     return "\n".join([*lines, "", "wldm COMMAND --help lists the options of a command; --version prints the version"])
 
 
