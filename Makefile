@@ -5,13 +5,15 @@
 # make lint             ruff (lint and format) and mypy
 # make package          the archive for the model zoo, verified on its own
 # make label STUDIES=DIR  MONAI Label server on http://127.0.0.1:8000 (PORT=8000) for the images in DIR
+# make dose             the environment of `wldm dose`: pyRadPlan and pymedphys
 # make test-label       its tests; `make test` runs them too once the server's environment is there
 PYTHON ?= python3
 PY := .venv/bin/python
 LABEL := .venv-label/bin/python
+DOSE := .venv-dose/bin/python
 PORT ?= 8000
 
-.PHONY: demo test test-fast test-slow test-label lint label bench package clean
+.PHONY: demo test test-fast test-slow test-label lint label dose bench package clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -51,6 +53,14 @@ label: $(if $(STUDIES),.venv-label/installed)
 	@test -n "$(STUDIES)" || { echo "say which folder has the images: make label STUDIES=DIR"; exit 1; }
 	$(LABEL) -m monailabel.main start_server --app bundle/label_app --studies "$(STUDIES)" --host 127.0.0.1 --port $(PORT)
 
+.venv-dose/installed: requirements-dose.txt
+	$(PYTHON) -m venv .venv-dose
+	$(DOSE) -m pip install --quiet --requirement requirements-dose.txt
+	$(DOSE) -m pip install --quiet --no-deps pyRadPlan==0.5.0 pymedphys==0.41.0
+	touch $@
+
+dose: .venv-dose/installed
+
 test-label: .venv/installed-dev .venv-label/installed
 	$(PY) -m pytest tests/test_label_app.py tests/test_slicer.py
 
@@ -73,4 +83,4 @@ package: .venv/installed
 	$(PY) -m bundle package $(if $(SCHEMA),--schema "$(SCHEMA)")
 
 clean:
-	rm -rf .venv .venv-label demo dist eval runs
+	rm -rf .venv .venv-label .venv-dose demo dist eval runs

@@ -36,6 +36,11 @@ COMMANDS = {
     "calibrate": ("bundle.calibrate", "inference"),
     "guard": ("bundle.calibrate", "inference"),
     "ship": ("bundle.release.ship", "inference"),
+    "export-dicom": ("bundle.clinical.export_dicom", None),
+    "attenuation": ("bundle.clinical.maps", None),
+    "density": ("bundle.clinical.maps", None),
+    "pet": ("bundle.clinical.pet", None),
+    "dose": ("bundle.clinical.dose", None),
     "export": ("bundle.release.export", "inference"),
     "package": ("bundle.release.package", None),
 }
@@ -80,7 +85,7 @@ def run(name: str, arguments: list[str]) -> None:
     check_flags(name, arguments)
     quiet, verbose = (_given(arguments, flag) for flag in ("--quiet", "--verbose"))
     messages.set_up(quiet, verbose)
-    function = getattr(importlib.import_module(COMMANDS[name][0]), name)
+    function = getattr(importlib.import_module(COMMANDS[name][0]), name.replace("-", "_"))
     try:
         fire.Fire(typed(function), command=arguments, name=f"wldm {name}")
     except InputError as error:
@@ -144,7 +149,7 @@ def source(name: str) -> ast.FunctionDef:
     """Return the syntax tree of the function of the command ``name``."""
     path = Path(BUNDLE_ROOT, *COMMANDS[name][0].split(".")).with_suffix(".py")
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    return next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    return next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name.replace("-", "_"))
 
 
 def overview() -> str:
@@ -158,7 +163,7 @@ def overview() -> str:
     for name in COMMANDS:
         doc = ast.get_docstring(source(name)) or ""
         first = " ".join(doc.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
-        lines.append(textwrap.fill(f"  {name:<12}{first}", 110, subsequent_indent=" " * 14))
+        lines.append(textwrap.fill(f"  {name:<14}{first}", 110, subsequent_indent=" " * 16))
     return "\n".join([*lines, "", "wldm COMMAND --help lists the options of a command; --version prints the version"])
 
 

@@ -14,8 +14,15 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 Voxel = tuple[int, int, int]
 
-WINDOWS = {"HU": (-300.0, 900.0), "error": (-400.0, 400.0), "SD": (0.0, 300.0)}
-COLOURS = {"error": "RdBu_r", "SD": "magma"}
+WINDOWS = {
+    "HU": (-300.0, 900.0), "error": (-400.0, 400.0), "SD": (0.0, 300.0), "mu": (0.0, 0.15), "percent": (-20.0, 20.0),
+    "few percent": (-5.0, 5.0), "gamma": (0.0, 2.0),
+}  # fmt: skip
+UNITS = {"mu": "cm⁻¹", "percent": "%", "few percent": "%", "dose": "Gy", "gamma": ""}  # others are in HU
+COLOURS = {
+    "error": "RdBu_r", "SD": "magma", "percent": "RdBu_r", "few percent": "RdBu_r", "dose": "inferno",
+    "gamma": "viridis",
+}  # fmt: skip
 
 
 def _planes(volume: np.ndarray, centre: Voxel) -> list[np.ndarray]:
@@ -35,7 +42,8 @@ def montage(
     """Write a PNG with one row per plane and one column per volume.
 
     Args:
-        columns: title to (volume (D, H, W), kind), kind one of ``MR``, ``HU``, ``error``, ``SD``.
+        columns: title to (volume (D, H, W), kind), kind one of ``MR``, ``HU``, ``error``, ``SD``, or another
+            of :data:`UNITS`.
         affine: of all volumes, voxel to RAS mm.
         centre: voxel that the planes go through; the middle of the first volume's foreground when None.
     """
@@ -64,7 +72,7 @@ def montage(
             colours = COLOURS.get(kind, "gray")
             axis.imshow(plane, cmap=colours, vmin=low, vmax=high, aspect=aspects[row], interpolation="nearest")
             axis.set_axis_off()
-        unit = "" if kind == "MR" else f"\n{low:g} to {high:g} HU"
+        unit = "" if kind == "MR" else f"\n{low:g} to {high:g} {UNITS.get(kind, 'HU')}"
         axes[0, column].set_title(f"{name}{unit}", fontsize=9)
     if title:
         figure.suptitle(title, fontsize=9, y=0.99)

@@ -28,6 +28,7 @@ from custom_modules.data.grid import check_same_grid  # noqa: E402
 from custom_modules.data.hu import BONE_HU
 from custom_modules.data.volumes import read_volume, sibling_path
 from custom_modules.errors import InputError  # noqa: E402
+from custom_modules.evaluation.clinical import clinical_figures
 from custom_modules.files import (
     writable_or_stop,
     write_text,  # noqa: E402
@@ -45,6 +46,12 @@ SPREAD = {
     "sd_mean_sd": "mean SD, HU", "sd_coverage_50": "in the 50 % interval", "sd_coverage_80": "in the 80 % interval",
     "sd_coverage_95": "in the 95 % interval", "sd_soft_coverage_95": "soft tissue in 95 %",
     "sd_bone_coverage_95": "bone in 95 %", "sd_ence": "ENCE", "sd_spearman": "Spearman", "sd_ause": "AUSE",
+}  # fmt: skip
+CLINICAL = {
+    "pet_acf": "PET correction factors, %", "pet_soft": "activity, soft tissue, %", "pet_bone": "activity, bone, %",
+    "pet_lesion": "activity, lesions, %", "dose_photons": "photon dose, absolute, %",
+    "dose_photons_gamma": "photons, gamma 2 %/2 mm, %", "dose_protons": "proton dose, absolute, %",
+    "dose_protons_gamma": "protons, gamma 2 %/2 mm, %", "dose_path": "path length, absolute, mm",
 }  # fmt: skip
 
 
@@ -141,6 +148,8 @@ def _section(case: Case) -> str:
         parts.append(f"<p class=warning>not shown: {html.escape(str(error))}</p>")
     if case["rows"]:
         parts += [_table(case["rows"], COLUMNS), _table(case["rows"], SPREAD)]
+    if case["sct"] and (figures := clinical_figures(case["sct"])):
+        parts.append(_table({"PET and dose, difference from the CT": figures}, CLINICAL))
     if case["organs"]:
         parts.append(f"<p>Organ Dice: {html.escape(str(case['organs']))}</p>")
     if sidecar:
@@ -256,7 +265,12 @@ def _cohort(cases: Sequence[Case], summary: Mapping[str, Any]) -> list[str]:
         return [*parts, "<p>No CT to compare with.</p>"]
     systems = {name: {k: _cell(v) for k, v in values.items()} for name, values in summary["systems"].items()}
     parts.append("<p>Mean over patients (95 % bootstrap interval) [number of patients, if not all].</p>")
-    parts += [_table(systems, COLUMNS), _table(systems, SPREAD), _distributions(cases, summary["system"])]
+    parts += [
+        _table(systems, COLUMNS),
+        _table(systems, SPREAD),
+        _table(systems, CLINICAL),
+        _distributions(cases, summary["system"]),
+    ]
     uncertainty = summary.get("uncertainty")
     if uncertainty:
         parts.append(_sparsification(uncertainty))

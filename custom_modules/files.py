@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,6 +41,34 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder to fill; on success it is renamed to ``path``, otherwise it is removed.
+
+    A folder that is at ``path`` already is replaced. It is moved aside just before, so that ``path`` never holds a
+    mixture of both. Temporary folders that dead processes left for the same ``path`` are removed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = f"{zlib.crc32(path.name.encode()):08x}"
+    for left in path.parent.glob(f"{PARTIAL}*-{name}*"):
+        if left.is_dir() and not _is_running(left.name.removeprefix(PARTIAL).split("-", 1)[0]):
+            shutil.rmtree(left, ignore_errors=True)
+    temporary, old = (path.with_name(f"{PARTIAL}{os.getpid()}-{name}{end}") for end in ("", "-old"))
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+    finally:
+        for folder in (temporary, old):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_running(pid: str) -> bool:

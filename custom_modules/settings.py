@@ -192,6 +192,9 @@ SETTINGS: dict[str, Setting] = {
         "str", "take only the DICOM series of this UID, number or description (a shell pattern)", nullable=True
     ),
     "pattern": Setting("str", "take only the files of this name or path (a shell pattern)", nullable=True),
+    "output_format": Setting(
+        "str", "of the synthetic CT: mr, that of the MR; nifti; dicom; both", choices=("mr", "nifti", "dicom", "both")
+    ),
     "crop_above_shoulders": _on("bool", "leave out head and neck, as the paper does"),
     "correct_bias": _on("bool", "divide the MR by the bias field of the coils, found by N4"),
     "num_inference_steps": _on("int", "DDIM steps", low=1, high=1000),

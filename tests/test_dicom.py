@@ -105,7 +105,7 @@ VARYING = {
 @pytest.mark.parametrize("case", list(VARYING))
 def test_what_varies_within_a_series_does_not_split_it(tmp_path, case):
     write(tmp_path / "t1", VARYING[case])
-    assert find_volumes(tmp_path) == [{"image": str(tmp_path / "t1"), "output": "t1_sct.nii.gz"}]
+    assert find_volumes(tmp_path) == [{"image": str(tmp_path / "t1"), "output": "t1_sct"}]
     read = read_volume(tmp_path / "t1")
     np.testing.assert_array_equal(np.asarray(read[0]), STACK.transpose(2, 1, 0))
 
@@ -398,7 +398,7 @@ BESIDE: dict[str, Callable[[Path], object]] = {
 def test_other_files_neither_hide_a_series_nor_stop_it(tmp_path, case):
     folder = write(tmp_path / "t1")
     BESIDE[case](folder)
-    assert find_volumes(tmp_path) == [{"image": str(folder), "output": "t1_sct.nii.gz"}]
+    assert find_volumes(tmp_path) == [{"image": str(folder), "output": "t1_sct"}]
     is_whole(folder)
     assert {path.suffix for path in volume_files(folder)} == {".dcm"}
 
@@ -429,7 +429,7 @@ def test_several_series_of_a_folder_are_listed_by_number_and_description_and_one
     for n, name in enumerate(("T1 vibe", "T2/tse", "scout")):
         write(tmp_path / "p", stack=STACK + n, uid=uids[n], SeriesNumber=n + 2, SeriesDescription=name)
     found = find_volumes(tmp_path / "p")
-    assert [item["output"] for item in found] == [f"p_{n}_sct.nii.gz" for n in ("2_T1_vibe", "3_T2_tse", "4_scout")]
+    assert [item["output"] for item in found] == [f"p_{n}_sct" for n in ("2_T1_vibe", "3_T2_tse", "4_scout")]
     for n, item in enumerate(found):
         assert item["image"] == f"{tmp_path / 'p'}#{uids[n]}"
         is_whole(item["image"], STACK + n)
@@ -449,7 +449,7 @@ def test_a_series_whose_slices_lie_in_several_folders_is_one(tmp_path):
         (folder / f"disk{n % 3}").mkdir(exist_ok=True)
         path.rename(folder / f"disk{n % 3}" / path.name)
     (item,) = find_volumes(tmp_path)
-    assert item == {"image": f"{folder}#{uid}*", "output": "t1_1_sct.nii.gz"}
+    assert item == {"image": f"{folder}#{uid}*", "output": "t1_1_sct"}
     is_whole(item["image"])
 
 
@@ -518,8 +518,8 @@ def test_frames_are_ordered_by_their_own_positions(tmp_path):
     for address in (path, path.parent):
         is_whole(address)
         assert read_grid(address)[0] == (7, 9, 8)
-    assert find_volumes(path) == [{"image": str(path), "output": "IM1_sct.nii.gz"}]
-    assert find_volumes(tmp_path)[0]["output"] == "a_sct.nii.gz"
+    assert find_volumes(path) == [{"image": str(path), "output": "IM1_sct"}]
+    assert find_volumes(tmp_path)[0]["output"] == "a_sct"
 
 
 def test_each_frame_has_its_own_slope(tmp_path):

@@ -17,6 +17,8 @@ from nibabel.eulerangles import euler2mat
 from scipy import ndimage
 from test_volumes import BAD, GAP, OBLIQUE, PIXEL, dicom_world, save_itk, save_series
 
+from custom_modules.data.inputs import find_volumes
+from custom_modules.data.volumes import read_volume
 from custom_modules.networks.weights import save_weights
 
 TWO_MM = np.diag([2.0, 2, 2, 1])
@@ -130,11 +132,17 @@ def test_itk_formats_come_back_in_their_format_and_geometry(tmp_path, infer, ext
     assert_linear(itk.array_view_from_image(result).swapaxes(0, 2), mr, OBLIQUE)
 
 
-def test_a_dicom_series_becomes_a_nifti_at_its_place(tmp_path, infer):
+def test_a_dicom_series_becomes_one_and_a_nifti_on_request_at_its_place(tmp_path, infer):
     affine = np.column_stack([dicom_world(*step) - dicom_world(0, 0, 0) for step in np.eye(3, dtype=int)[::-1]])
     stack = ramp((6, 12, 14), np.diag([GAP, *PIXEL, 1])).round()
-    infer(save_series(tmp_path / "in" / "t1", stack.astype(np.int16)), tmp_path / "out", **stub())
+    mr = save_series(tmp_path / "in" / "t1", stack.astype(np.int16))
+    infer(mr, tmp_path / "out", **stub())
+    assert {path.split("/")[0] for path in files_in(tmp_path / "out")} == {"t1_sct", "t1_sct.json"}
+    series = read_volume(tmp_path / "out" / "t1_sct")
+    infer(mr, tmp_path / "out", output_format="both", **stub())
     ct = nib.load(tmp_path / "out" / "t1_sct.nii.gz")
+    np.testing.assert_array_equal(ct.get_fdata(), np.asarray(series[0]))
+    np.testing.assert_allclose(ct.affine, series.affine, atol=1e-3)
     expected = nib.Nifti1Image(np.ascontiguousarray(stack.T), from_matvec(affine, dicom_world(0, 0, 0)))
     there = np.linalg.inv(ct.affine) @ expected.affine
     orientation = nib.io_orientation(there)
@@ -369,3 +377,48 @@ def test_the_command_ends_in_one_line_for_what_cannot_be_used(tmp_path, infer_co
     run = infer_command(**paths)
     assert_ends_in_one_line(run, paths[what])
     assert files_in(tmp_path / "out") == [] and (tmp_path / "file").read_bytes() == b""
+
+
+# a DICOM series in, a DICOM series out
+
+
+def test_a_finished_series_is_kept_and_one_without_its_nifti_or_a_slice_is_made_again(tmp_path, infer):
+    mr = save_series(tmp_path / "in" / "t1", ramp((6, 12, 14), np.diag([GAP, *PIXEL, 1])).astype(np.int16))
+    out = tmp_path / "out"
+
+    def made(**settings) -> int:
+        infer(mr, out, resume=True, **stub(), **settings)
+        return (out / "t1_sct" / "ct_0001.dcm").stat().st_mtime_ns
+
+    first = made()
+    assert made() == first
+    again = made(output_format="both")
+    assert again != first and (out / "t1_sct.nii.gz").is_file() and made(output_format="both") == again
+    (out / "t1_sct" / "ct_0003.dcm").unlink()
+    assert made() != again and len(list((out / "t1_sct").iterdir())) == 6
+
+
+def test_an_output_folder_among_the_inputs_is_not_taken_for_mrs(tmp_path, infer):
+    save_series(tmp_path / "in" / "t1", ramp((6, 12, 14), np.diag([GAP, *PIXEL, 1])).astype(np.int16))
+    infer(tmp_path / "in", tmp_path / "in" / "out", **stub())
+    assert (tmp_path / "in" / "out" / "t1_sct" / "ct_0001.dcm").is_file()
+    assert [Path(item["image"]).name for item in find_volumes(tmp_path / "in")] == ["t1"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [("mr", ["a_sct.nii", "t1_sct"]), ("nifti", ["a_sct.nii.gz", "t1_sct.nii.gz"]), ("dicom", ["a_sct", "t1_sct"])],
+)
+def test_the_format_of_the_output_can_be_chosen(tmp_path, infer, wanted, expected):
+    save(tmp_path / "in" / "a.nii", ramp((12, 11, 10), np.diag([2.0, 2, 2, 1])))
+    save_series(tmp_path / "in" / "t1", ramp((6, 12, 14), np.diag([GAP, *PIXEL, 1])).astype(np.int16))
+    infer(tmp_path / "in", tmp_path / "out", output_format=wanted, **stub())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".json") == expected
+    assert all(read_volume(tmp_path / "out" / name).shape[0] == 1 for name in expected)
+
+
+def test_the_standard_deviation_of_a_series_is_a_nifti(tmp_path, infer):
+    mr = save_series(tmp_path / "in" / "t1", ramp((8, 12, 14), np.diag([GAP, *PIXEL, 1])).astype(np.int16))
+    infer(mr, tmp_path / "out", num_samples=2, calibration=None)
+    assert nib.load(tmp_path / "out" / "t1_sct_sd.nii.gz").shape == (14, 12, 8)
+    assert len(list((tmp_path / "out" / "t1_sct").iterdir())) == 8

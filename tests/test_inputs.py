@@ -102,7 +102,7 @@ def test_a_series_and_a_nifti_in_one_folder_are_both_listed(tmp_path):
     write(tmp_path / "t1")
     save_any(tmp_path / "t1" / "localiser.nii.gz")
     found = find_volumes(tmp_path)
-    assert sorted(item["output"] for item in found) == ["t1/localiser_sct.nii.gz", "t1_sct.nii.gz"]
+    assert sorted(item["output"] for item in found) == ["t1/localiser_sct.nii.gz", "t1_sct"]
     assert all(read_volume(item["image"]).ndim == 4 for item in found)
 
 
@@ -175,7 +175,7 @@ def test_what_cannot_be_opened_fails_by_name_and_the_others_go_on(tmp_path, make
     assert len(dataset) == 2 and "failure" not in dataset[0]
     assert str(tmp_path / "sub" / name) in dataset[1]["failure"] and reason in dataset[1]["failure"]
     assert read_grid(tmp_path / "sub" / name) is None
-    assert find_volumes(tmp_path / "sub" / name)[0]["output"].endswith("_sct.nii.gz")
+    assert find_volumes(tmp_path / "sub" / name)[0]["output"].removesuffix(".nii.gz").endswith("_sct")
 
 
 def test_a_series_goes_on_beside_a_pipe_and_a_link_to_nothing(tmp_path):
@@ -226,7 +226,7 @@ def test_a_list_names_volumes_relative_to_it(tmp_path, name):
     (tmp_path / name).write_text(LISTS[name])
     found = find_volumes(tmp_path / name)
     assert images(found, tmp_path) == ["p1/mr.nii.gz", "p2/mr.nii.gz", "series"]
-    assert sorted(item["output"] for item in found) == ["p1/mr_sct.nii.gz", "p2/mr_sct.nii.gz", "series_sct.nii.gz"]
+    assert sorted(item["output"] for item in found) == ["p1/mr_sct.nii.gz", "p2/mr_sct.nii.gz", "series_sct"]
 
 
 def test_volumes_of_a_list_from_anywhere_have_outputs_of_their_own_and_missing_ones_fail_by_name(tmp_path):

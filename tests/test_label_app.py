@@ -20,6 +20,7 @@ from typing import Any
 import itk
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 from conftest import INFERENCE, ROOT, files_in, save
 from nibabel.affines import from_matvec
@@ -33,7 +34,7 @@ from custom_modules.errors import InputError
 from custom_modules.files import sha256
 
 sys.path.insert(0, str(ROOT / "bundle" / "slicer" / "SyntheticCT"))
-from SyntheticCTLib.client import Client, ServerError, _form  # noqa: E402
+from SyntheticCTLib.client import Client, ServerError, _form, unpack  # noqa: E402
 
 PYTHON = ROOT / ".venv-label" / "bin" / "python"
 live = pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-label; make test-label makes it and runs these")
@@ -242,9 +243,14 @@ def test_a_dicom_series_in_the_studies_folder_by_its_path(server, tmp_path):
     series = save_series(server.studies / "patient" / "series", values.T.astype(int))
     info = Client(server.address).infer(MODEL, "patient/series", {}, tmp_path / "sct.nrrd")
     sct, mr = read_volume(tmp_path / "sct.nrrd"), read_volume(series)
-    shutil.rmtree(series.parent)
     assert sct.shape == mr.shape and info["result_kind"] == "scalar_volume"
     np.testing.assert_allclose(sct.affine, mr.affine, atol=1e-3)
+    info = Client(server.address).infer(MODEL, "patient/series", {}, tmp_path / "sct.zip")
+    study = pydicom.dcmread(next(series.iterdir())).StudyInstanceUID
+    shutil.rmtree(series.parent)
+    first = unpack(tmp_path / "sct.zip")
+    np.testing.assert_array_equal(np.asarray(read_volume(first.parent)[0]), np.asarray(sct[0]))
+    assert pydicom.dcmread(first).StudyInstanceUID == study and info["result_kind"] == "dicom_series"
 
 
 @live

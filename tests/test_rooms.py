@@ -12,7 +12,7 @@ from conftest import ROOT
 LAYERS = [
     {"errors", "messages", "tiling", "distributed"}, {"files", "settings", "memory"},
     {"config_check"}, {"networks", "data"},
-    {"inference"}, {"training", "evaluation"}, {"baselines"},
+    {"inference", "clinical"}, {"training", "evaluation"}, {"baselines"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 

@@ -8,6 +8,7 @@ import json
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,7 +21,7 @@ from conftest import ROOT
 
 FOLDER = ROOT / "bundle" / "slicer" / "SyntheticCT"
 sys.path.insert(0, str(FOLDER))
-from SyntheticCTLib.client import Client, ServerError, Synthesis  # noqa: E402
+from SyntheticCTLib.client import Client, ServerError, Synthesis, unpack  # noqa: E402
 
 VOLUME = b"NRRD\r\n--boundary\r\n\x00\xff\r\n\r\n"  # bytes that a careless parser of forms would cut
 ANSWER = {"seed": 5, "model_sha256": "ab" * 32, "warnings": ["another sequence"]}
@@ -225,3 +226,14 @@ def test_the_test_for_slicer_is_there_and_result_types_agree(module):
     assert module.Synthesis is Synthesis and callable(module.SyntheticCTTest.runTest)
     cmake = (FOLDER / "CMakeLists.txt").read_text()
     assert all(path.name in cmake for path in (FOLDER / "SyntheticCTLib").glob("*.py"))
+
+
+def test_a_dicom_series_is_unpacked_and_anything_else_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "sct.zip", "w") as archive:
+        for name in ("ct_0002.dcm", "ct_0001.dcm"):
+            archive.writestr(name, name)
+    assert unpack(tmp_path / "sct.zip") == tmp_path / "sct" / "ct_0001.dcm"
+    assert sorted(path.name for path in (tmp_path / "sct").iterdir()) == ["ct_0001.dcm", "ct_0002.dcm"]
+    (tmp_path / "b.zip").write_bytes(b"no archive")
+    with pytest.raises(ServerError, match="did not send a DICOM series"):
+        unpack(tmp_path / "b.zip")

@@ -148,8 +148,8 @@ def test_hidden_files_are_ignored(tmp_path, hidden):
 def test_a_dicom_series_is_found_by_its_content_and_named_after_its_folder(tmp_path, stack):
     save_series(tmp_path / "patient" / "t1", stack)
     found = find_volumes(tmp_path)
-    assert found == [{"image": str(tmp_path / "patient" / "t1"), "output": "patient/t1_sct.nii.gz"}]
-    assert names(find_volumes(tmp_path / "patient" / "t1")) == ["t1_sct.nii.gz"]
+    assert found == [{"image": str(tmp_path / "patient" / "t1"), "output": "patient/t1_sct"}]
+    assert names(find_volumes(tmp_path / "patient" / "t1")) == ["t1_sct"]
 
 
 def test_two_inputs_never_share_one_output(tmp_path, stack):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ from custom_modules.errors import InputError
 from custom_modules.settings import Setting
 
 KEEP = Setting("bool", "keep the synthetic CT in the studies folder")
+DICOM = Setting("bool", "answer with a DICOM CT series in a .zip")
+ARCHIVE = ".zip"
 UNCERTAINTY = "uncertainty"  # label tag of the samples' standard deviation
 
 
@@ -39,7 +42,7 @@ class Synthesis(InferTask):
         config = ConfigParser.load_config_file(str(ROOT / "configs" / "inference.yaml"))
         self.options = Options(
             config, ["num_inference_steps", "num_samples", "seed", "output", "sampling", "hu_window", "strict"],
-            {"save_label": (KEEP, False), "save_image": (KEEP, False)},
+            {"save_label": (KEEP, False), "save_image": (KEEP, False), "dicom": (DICOM, False)},
         )  # fmt: skip
         description = "Synthetic CT in Hounsfield units from MR, a scalar volume on the MR's grid"
         super().__init__(InferType.OTHERS, None, 3, description, self.options.shown())
@@ -51,9 +54,11 @@ class Synthesis(InferTask):
     def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Synthesise the CT of ``request["image"]``, an id or path in the studies folder.
 
-        ``result_extension`` is a supported extension, by default that of the MR. ``save_label`` keeps the result as
-        label ``label_tag`` of the image, ``save_image`` as a further image ``<id>_sct``, and the standard deviation of
-        several samples is kept as label ``uncertainty``: all three for images of the datastore only.
+        ``result_extension`` is a supported extension, by default that of the MR, or ``.zip``, as ``dicom`` is, for a
+        DICOM CT series: in the study of an MR that is a DICOM series, otherwise in one of its own. ``save_label``
+        keeps the result as label ``label_tag`` of the image, ``save_image`` as a further image ``<id>_sct``, and the
+        standard deviation of several samples is kept as label ``uncertainty``: all three for images of the datastore
+        only.
 
         Returns:
             The file, which the caller has to remove, and the information about it for the client.
@@ -62,7 +67,7 @@ class Synthesis(InferTask):
             InputError: for an option, image or weights that cannot be used.
         """
         settings = self.options.chosen(request)
-        save_label, save_image = settings.pop("save_label"), settings.pop("save_image")
+        save_label, save_image, dicom = (settings.pop(name) for name in ("save_label", "save_image", "dicom"))
         image_id, path = self.studies.resolve(str(request.get("image") or ""))
         tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL
         tag = str(tag.value if isinstance(tag, DefaultLabelTag) else tag)
@@ -71,11 +76,15 @@ class Synthesis(InferTask):
             raise InputError(f"label_tag '{tag}' is for CTs to train on; use another for a synthetic CT")
         with errors_name(path, f"image '{image_id}'" if image_id else "the image"), self.lock:
             volume = check_volume_file(path)
-            extension = self._extension(request.get("result_extension") or volume["output"])
+            wanted = str(request.get("result_extension") or "")
+            dicom = dicom or wanted.lower() == ARCHIVE
+            extension = EXTENSIONS[0] if dicom else self._extension(wanted, volume["output"])
             # named apart from uploads, which are removed when a request fails
             with tempfile.TemporaryDirectory(prefix="result") as folder:
-                made, result = Path(folder) / f"sct{extension}", f"{folder}_sct{extension}"
-                info = self._run({"image": volume["image"], "output": made.name}, folder, settings)
+                made = Path(folder) / f"sct{extension}"
+                result = f"{folder}_sct{ARCHIVE if dicom else extension}"
+                settings["output_format"] = "both" if dicom else "mr"
+                info = self._run({"image": volume["image"], "output": "sct" if dicom else made.name}, folder, settings)
                 if image_id and save_label:
                     self.studies.keep(image_id, made, tag, {"params": info})
                 if image_id and save_image:
@@ -83,15 +92,19 @@ class Synthesis(InferTask):
                 if image_id and sibling_path(made, "_sd").exists():
                     info["uncertainty"] = {"label": image_id, "tag": UNCERTAINTY, "units": "HU"}
                     self.studies.keep(image_id, sibling_path(made, "_sd"), UNCERTAINTY, {"params": info})
+                if dicom:
+                    info["result_kind"] = "dicom_series"
+                    made = Path(shutil.make_archive(str(Path(folder) / "series"), "zip", Path(folder) / "sct"))
                 os.replace(made, result)
         return result, info
 
     @staticmethod
-    def _extension(name: str) -> str:
-        extension = next((e for e in EXTENSIONS if str(name).lower().endswith(e)), None)
-        if extension is None:
-            raise InputError(f"result_extension must be one of {', '.join(EXTENSIONS)}, got '{name}'")
-        return extension
+    def _extension(wanted: str, output: str) -> str:
+        """Return the extension that is wanted, otherwise that of ``output``, NIfTI's for a DICOM series."""
+        extension = next((e for e in EXTENSIONS if (wanted or output).lower().endswith(e)), None)
+        if wanted and extension is None:
+            raise InputError(f"result_extension must be one of {', '.join((*EXTENSIONS, ARCHIVE))}, got '{wanted}'")
+        return extension or EXTENSIONS[0]
 
     def _run(self, volume: dict[str, str], folder: str, settings: dict[str, Any]) -> dict[str, Any]:
         """Run the bundle's inference on one volume, with results in ``folder``; return the information for a client."""

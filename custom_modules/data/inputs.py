@@ -29,8 +29,9 @@ OTHER_FORMATS = (
 
 
 def find_volumes(
-    path: str | Path, strict: bool = True, series: str | int | None = None, pattern: str | None = None
-) -> list[Item]:
+    path: str | Path, strict: bool = True, series: str | int | None = None, pattern: str | None = None,
+    output_format: str = "mr",
+) -> list[Item]:  # fmt: skip
     """List the volumes that ``path`` names.
 
     Args:
@@ -40,6 +41,7 @@ def find_volumes(
         strict: raise an error if there is no volume; otherwise the list is empty.
         series: take only DICOM series of this UID, number or description (a shell pattern).
         pattern: take only volumes of this name, or path below the folder (a shell pattern).
+        output_format: of the synthetic CTs: ``mr``, that of the MR; ``nifti``; ``dicom`` or ``both``, a DICOM series.
 
     Synthetic CTs that have their record, hidden files and folders, and ``__MACOSX`` are left out. Linked folders are
     followed once. Files in unsupported formats are named in a warning. What cannot be opened (a broken link, a pipe, a
@@ -47,10 +49,9 @@ def find_volumes(
 
     Returns:
         For each volume ``image``, the path to read, and ``output``, the unique path of its synthetic CT below the
-        output
-        folder: ``a.nii.gz`` becomes ``a_sct.nii.gz``; if there is an ``a.mha`` too, that becomes ``a_mha_sct.mha``. A
-        DICOM series becomes NIfTI with the name of its folder, and with its number and description if the folder holds
-        several.
+        output folder: ``a.nii.gz`` becomes ``a_sct.nii.gz``; if there is an ``a.mha`` too, that becomes
+        ``a_mha_sct.mha``. A DICOM series becomes one, in a folder ``NAME_sct`` after its own folder, and after its
+        number and description if that holds several. A name without extension is a folder with a DICOM series.
 
     Raises:
         InputError: when there is no volume, or none that can be read.
@@ -64,7 +65,7 @@ def find_volumes(
         if strict:
             raise
         return []
-    return [{"image": image, "output": output} for (image, _), output in zip(chosen, _outputs(chosen))]
+    return [{"image": image, "output": output} for (image, _), output in zip(chosen, _outputs(chosen, output_format))]
 
 
 # finding: for each path its name, without extension and below the output folder, and its series if it is one
@@ -106,6 +107,8 @@ def _in_folder(root: Path) -> Found:
                 found[str(path)] = (relative / _stem(name), None)
         series += find_series(rest)
     for one in join_series(series):
+        if input_of(one.folder):
+            continue  # a synthetic CT
         name = root.resolve().name if one.folder == root else one.folder.name
         alone = one.address == str(one.folder)
         parent = one.folder.relative_to(root).parent
@@ -175,9 +178,11 @@ def _datalist(path: Path) -> list[str]:
 
 
 def is_own_output(path: Path) -> bool:
-    """Whether a volume is a synthetic CT or its standard deviation, because its record lies in the same folder."""
+    """Whether a volume is a synthetic CT, or something that was made of it such as its standard deviation
+    ``a_sct_sd.nii.gz``, because its record lies in the same folder."""
     stem = _stem(path.name)
-    return any(input_of(path.with_name(name)) for name in (stem, stem.removesuffix("_sd")))
+    names = [stem.rsplit("_", parts)[0] for parts in range(stem.count("_") + 1)]
+    return any(input_of(path.with_name(name)) for name in names if name)
 
 
 # choosing among them, and naming their synthetic CTs
@@ -200,7 +205,7 @@ def _choose(found: Found, path: str | Path, series: str | int | None, pattern: s
     return chosen
 
 
-def _outputs(chosen: Iterable[tuple[str, Path]]) -> list[str]:
+def _outputs(chosen: Iterable[tuple[str, Path]], output_format: str) -> list[str]:
     """Return a unique name for each, which does not depend on the order of the files."""
     chosen = list(chosen)
     ranks = {image: EXTENSIONS.index(_extension(image) or EXTENSIONS[0]) for image, _ in chosen}
@@ -208,12 +213,13 @@ def _outputs(chosen: Iterable[tuple[str, Path]]) -> list[str]:
     outputs = {}
     for image, name in sorted(chosen, key=lambda item: (ranks[item[0]], _extension(item[0]) is None)):
         extension = (_extension(image) or EXTENSIONS[0]).lower()
+        written = {"nifti": EXTENSIONS[0], "mr": (_extension(image) or "").lower()}.get(output_format, "")
         own = name.with_name(f"{name.name}_{extension[1:].replace('.', '_')}")
         candidates = [name, *([own] if _extension(image) else [])]
         candidates += [name.with_name(f"{name.name}_{number}") for number in range(2, len(chosen) + 2)]
         free = next(one for one in candidates if str(one).lower() not in taken)
         taken.add(str(free).lower())
-        outputs[image] = f"{free}_sct{extension}"
+        outputs[image] = f"{free}_sct{written}"
     return [outputs[image] for image, _ in chosen]
 
 

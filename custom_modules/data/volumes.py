@@ -240,24 +240,33 @@ class SaveVolumed(MapTransform):
 
     Args:
         suffix: appended to the name: with ``_sd``, ``a_sct.nii.gz`` becomes ``a_sct_sd.nii.gz``.
+        beside_series: write NIfTI, too, where the name is that of a DICOM series and has no extension.
     """
 
     def __init__(
-        self, keys: KeysCollection, output_dir: str | Path, suffix: str = "", allow_missing_keys: bool = False
-    ) -> None:
+        self, keys: KeysCollection, output_dir: str | Path, suffix: str = "", allow_missing_keys: bool = False,
+        beside_series: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__(keys, allow_missing_keys)
-        self.output_dir, self.suffix = Path(output_dir), suffix
+        self.output_dir, self.suffix, self.beside_series = Path(output_dir), suffix, beside_series
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        for key in self.key_iterator(data):
-            target = inside(self.output_dir, sibling_path(data["output"], self.suffix))
+        series = _extension(data["output"]) is None
+        for key in () if series and not self.beside_series else self.key_iterator(data):
+            name = sibling_path(data["output"], self.suffix, EXTENSIONS[0] if series else None)
+            target = inside(self.output_dir, name)
             source = data["image"].meta["filename_or_obj"]
-            before = input_of(target)
-            if before not in (None, str(Path(source).resolve())):
-                logger.warning("%s: overwritten, made from %s; before it was made from %s", target, source, before)
+            log_overwriting(target, source)
             write_volume(data[key], target)
             logger.info("%s -> %s", source, target)
         return dict(data)
+
+
+def log_overwriting(target: Path, source: str) -> None:
+    """Warn of a synthetic CT at ``target`` that was made from something else than ``source``."""
+    before = input_of(target)
+    if before not in (None, str(Path(source).resolve())):
+        logger.warning("%s: overwritten, made from %s; before it was made from %s", target, source, before)
 
 
 def sibling_path(path: str | Path, suffix: str, extension: str | None = None) -> Path:
@@ -278,13 +287,15 @@ def input_of(path: str | Path) -> str | None:
         return None
 
 
-def write_volume(volume: MetaTensor, path: str | Path) -> None:
-    """Write (1, D, H, W) with its affine, in its own dtype, completely or not at all."""
+def write_volume(volume: MetaTensor, path: str | Path, description: str = "") -> None:
+    """Write (1, D, H, W) with its affine, in its own dtype, completely or not at all; ``description`` goes into the
+    header of NIfTI, which has room for 79 characters."""
     array, affine = np.asarray(volume)[0], np.asarray(volume.affine)
     with atomic_write(path) as temporary:
         if Path(path).name.lower().endswith((".nii", ".nii.gz")):
             image = nib.Nifti1Image(array, affine)
             image.header.set_xyzt_units("mm")
+            image.header["descrip"] = description[:79].encode("ascii", "replace")
             nib.save(image, temporary)
         else:
             image = ITKWriter.create_backend_obj(array, channel_dim=None, affine=affine, dtype=array.dtype)

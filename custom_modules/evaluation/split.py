@@ -20,6 +20,7 @@ from custom_modules.data.hu import check_hu
 from custom_modules.data.pairs import load_pairs
 from custom_modules.data.volumes import EXTENSIONS, read_volume, sibling_path
 from custom_modules.errors import InputError, stop
+from custom_modules.evaluation.clinical import clinical_figures
 from custom_modules.evaluation.metrics import METRICS, PROTOCOLS, bias, score, slice_inconsistency
 from custom_modules.evaluation.organs import organ_dice
 from custom_modules.evaluation.uncertainty import FRACTIONS, assess, spearman
@@ -49,7 +50,8 @@ class Evaluation:
         split: of the datalist.
         output_dir: folder for the results.
         pred_dir: folder of finished synthetic CTs, ``<patient>_sct`` with any extension, and their SD, if any, as
-            ``<patient>_sct_sd``; synthesised when None.
+            ``<patient>_sct_sd``; synthesised when None. Figures of ``wldm pet`` and ``wldm dose`` beside them go into
+            the rows.
         labels: folder of organ labels, ``<patient>_ct`` and ``<patient>_sct``; made by TotalSegmentator, if it is
             installed, when None.
         config: overlays on inference.yaml for other networks, such as configs/baselines/unet.yaml.
@@ -159,6 +161,7 @@ class Evaluation:
                 rows.append({"patient": pair["patient"], "system": self.name, "problem": str(error)})
                 continue
             row = next(row for row in reversed(rows) if row["system"] == self.name)
+            row.update(clinical_figures(sct))
             try:
                 row.update(organ_dice(pair["patient"], pair["label"], sct, self.labels))
             except InputError as error:

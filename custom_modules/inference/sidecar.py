@@ -13,7 +13,7 @@ import monai
 import torch
 
 from custom_modules.config_check import result_settings
-from custom_modules.data.volumes import sibling_path, volume_files
+from custom_modules.data.volumes import EXTENSIONS, sibling_path, volume_files
 from custom_modules.errors import InputError
 from custom_modules.files import sha256, to_plain, write_json
 from custom_modules.memory import peak_memory_gib
@@ -30,6 +30,7 @@ class Sidecar:
         calibration: of the standard deviation, for several samples.
         settings: of the synthesis, such as seed, steps and HU window; when None, those of the running config that
             change the result (:func:`~custom_modules.config_check.result_settings`).
+        beside_series: NIfTI is written beside DICOM series, too.
     """
 
     def __init__(
@@ -40,21 +41,24 @@ class Sidecar:
         device: torch.device | str,
         calibration: Any = None,
         settings: Mapping[str, Any] | None = None,
+        beside_series: bool = False,
     ) -> None:
         self.output_dir, self.checkpoint, self.version, self.device = Path(output_dir), checkpoint, version, device
         self.settings = result_settings() if settings is None else settings
-        self.calibration = calibration
+        self.calibration, self.beside_series = calibration, beside_series
 
     @cached_property
     def model_sha256(self) -> str | None:
         return sha256(self.checkpoint) if Path(self.checkpoint).is_file() else None
 
     def is_finished(self, item: Mapping[str, str]) -> bool:
-        """Whether ``item["output"]`` exists and its record names the input ``item["image"]``, these weights, these
-        settings and the hash of that output. False if the record cannot be read."""
+        """Whether ``item["output"]`` exists, with what belongs beside it, and its record names the input
+        ``item["image"]``, these weights, these settings and the hash of that output. False if the record cannot be
+        read."""
         target = self.output_dir / item["output"]
         record = sibling_path(target, "", ".json")
-        if not (target.is_file() and record.is_file()):
+        beside = [sibling_path(target, "", EXTENSIONS[0])] if self.beside_series and target.is_dir() else []
+        if not all(path.exists() for path in (target, record, *beside)):
             return False
         try:
             made = {

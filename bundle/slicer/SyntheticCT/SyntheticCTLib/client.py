@@ -9,6 +9,7 @@ import re
 import socket
 import threading
 import uuid
+import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class Synthesis:
     """Result of a synthesis.
 
     Args:
-        volume: file of the synthetic CT, int16 HU on the MR's grid.
+        volume: file of the synthetic CT, int16 HU on the MR's grid; the first slice of a DICOM series.
         uncertainty: file of its standard deviation in HU; None for one sample.
         info: information from the server, such as ``seed``, ``model_sha256`` and ``warnings``.
     """
@@ -103,8 +104,10 @@ class Client:
             report("sending the MR")
             self.upload(path, image_id)
             report("synthesising")
-            volume = Path(folder) / "sct.nrrd"
+            volume = Path(folder) / ("sct.zip" if options.get("dicom") else "sct.nrrd")
             info = self.infer(model, image_id, options, volume)
+            if volume.suffix == ".zip":
+                volume = unpack(volume)
             spread = info.get("uncertainty")
             if spread:
                 report("fetching the uncertainty")
@@ -159,6 +162,17 @@ class Client:
         if response.status >= 400:
             raise ServerError(_detail(body) or f"{self.address} returned {response.status} {response.reason}")
         return response.getheader("Content-Type", ""), body
+
+
+def unpack(archive: Path) -> Path:
+    """Unpack a DICOM series beside its archive; return its first slice, by which 3D Slicer loads all."""
+    folder = archive.with_suffix("")
+    try:
+        with zipfile.ZipFile(archive) as content:
+            content.extractall(folder)
+    except zipfile.BadZipFile as error:
+        raise ServerError(f"{archive.name}: the server did not send a DICOM series") from error
+    return min(folder.iterdir())
 
 
 def _detail(body: bytes) -> str:
