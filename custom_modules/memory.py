@@ -32,7 +32,7 @@ GIB = 2**30
 FIXED_BYTES = 400 * 2**20
 READING = {"file": 17.5, "grid": 4, "slab": 45}
 FINDING = {"file": 11, "grid": 21}  # the body, and on the way back the writing
-SYNTHESIS = {"file": 8, "grid": 20, "tile": 420}
+SYNTHESIS = {"file": 13, "grid": 20, "tile": 420}
 SLAB, TILE = 2**22, 2**21  # voxels of a slab, and of the smallest tile
 
 Result = TypeVar("Result")
