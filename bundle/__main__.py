@@ -24,7 +24,7 @@ from custom_modules.settings import FALSE, SETTINGS, number, parse_bool
 
 # command: its module, and the config whose settings it accepts too
 COMMANDS = {
-    "synthesize": ("bundle.synthesize", "inference"),
+    "synthesize": ("bundle.synthesis", "inference"),
     "evaluate": ("bundle.evaluate", "inference"),
     "report": ("bundle.report", None),
     "demo": ("bundle.demo", "inference"),

@@ -13,7 +13,7 @@ from typing import Any
 import nibabel as nib
 
 from bundle.phantom.command import torso_phantom
-from bundle.synthesize import synthesize
+from bundle.synthesis import synthesize
 from custom_modules.files import sha256
 
 # A 3 mm upper-abdomen MR among the test files of TotalSegmentator's source distribution (Apache 2.0)

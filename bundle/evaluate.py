@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bundle.synthesize import picture
+from bundle.synthesis import picture
 from custom_modules.data.volumes import read_volume
 from custom_modules.errors import one_line
 from custom_modules.evaluation.split import Evaluation
