@@ -32,7 +32,7 @@ def synthesize(mr: str, output_dir: str = "eval", **settings: Any) -> None:
         volumes[0]["output"], folder = folder.name, folder.parent
     started = time.perf_counter()
     own: dict[str, Any] = {"output_dir": str(folder), "dataset#data": volumes}
-    workflow = inference_workflow(**own, **settings)
+    workflow = inference_workflow(keep_network=True, **own, **settings)
     failed: SystemExit | None = None
     try:
         workflow.run()

@@ -96,7 +96,7 @@ class Synthesis(InferTask):
     def _run(self, volume: dict[str, str], folder: str, settings: dict[str, Any]) -> dict[str, Any]:
         """Run the bundle's inference on one volume, with results in ``folder``; return the information for a client."""
         own: dict[str, Any] = {"output_dir": folder, "checkpoint": str(self.checkpoint()), "dataset#data": [volume]}
-        workflow = inference_workflow(logging_file=False, **own, **settings)
+        workflow = inference_workflow(keep_network=True, **own, **settings)
         try:
             workflow.run()
         except SystemExit as error:  # inference ends the program with one line
