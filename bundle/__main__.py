@@ -26,7 +26,7 @@ from custom_modules.settings import FALSE, SETTINGS, number, parse_bool
 COMMANDS = {
     "synthesize": ("bundle.synthesis", "inference"),
     "evaluate": ("bundle.evaluate", "inference"),
-    "report": ("bundle.report", None),
+    "report": ("bundle.report.command", None),
     "demo": ("bundle.demo", "inference"),
     "prepare": ("bundle.prepare.command", None),
     "phantom": ("bundle.phantom.command", None),

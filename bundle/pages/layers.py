@@ -48,7 +48,9 @@ def layers(
     note = f"On their own grid the volumes take {_megabytes(made):.0f} MB, more than {limit_mb:.0f}"
     if (nib.affines.voxel_sizes(affine) < GRID_MM * 0.95).any():
         coarse = {name: (_coarse(array, affine), kind) for name, (array, kind) in volumes.items()}
-        made = [_layer(name, np.asarray(volume[0]), kind, volume.affine.numpy()) for name, (volume, kind) in coarse.items()]
+        made = [
+            _layer(name, np.asarray(volume[0]), kind, volume.affine.numpy()) for name, (volume, kind) in coarse.items()
+        ]
         if _megabytes(made) <= limit_mb:
             return made, f"{note}: they are resampled to {GRID_MM:g} mm, and values are those of that grid."
         note += f", on one of {GRID_MM:g} mm {_megabytes(made):.0f} MB"

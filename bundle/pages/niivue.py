@@ -1,4 +1,4 @@
-"""NiiVue, the viewer of volumes (Hanayik et al., https://niivue.com, BSD-2-Clause), from the Python package that has it.
+"""NiiVue, the viewer of volumes (https://niivue.com, BSD-2-Clause), from the Python package that has it.
 
 ``ipyniivue`` is a notebook widget whose script has NiiVue in it. Only that file is read: nothing of it is in this
 repository, and no page loads anything from a network.

@@ -15,7 +15,11 @@ from bundle.pages.niivue import packed_script
 def environment() -> Environment:
     folder = Path(__file__).with_name("templates")
     made = Environment(
-        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     made.globals["niivue"] = packed_script
     return made
@@ -24,3 +28,8 @@ def environment() -> Environment:
 def render(template: str, **values: Any) -> str:
     """Return the page of a template in the folder ``templates``."""
     return environment().get_template(template).render(**values)
+
+
+def anchor(name: str) -> str:
+    """Return an id for the section of a patient; different names have different ones."""
+    return "p-" + "".join(c if c.isalnum() or c == "-" else f"_{ord(c):x}_" for c in name)
