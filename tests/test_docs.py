@@ -158,6 +158,7 @@ def test_package_and_citation_have_the_version_of_the_metadata():
 def test_the_extras_are_the_development_requirements():
     extras = project()["optional-dependencies"]
     assert sorted(extras["dev"] + extras["export"]) == sorted(pins("requirements-dev.txt"))
+    assert extras["viewer"] == list(pins("requirements-viewer.txt"))
     assert not pins("requirements-dev.txt") & pins("requirements.txt")
 
 

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
@@ -25,6 +26,7 @@ from monailabel.utils.others.generic import remove_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the server loads this file by its path
 
 from bundle.label_app.infer import Synthesis  # noqa: E402
+from bundle.label_app.page import add_pages  # noqa: E402
 from bundle.label_app.studies import CheckedSessions, NotFound, Studies  # noqa: E402
 from bundle.label_app.train import FineTuning  # noqa: E402
 from bundle.workflow import ROOT  # noqa: E402
@@ -46,6 +48,7 @@ class SyntheticCTApp(MONAILabelApp):
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         if "://" in studies:
             raise InputError(f"{studies}: the studies must be a folder; DICOMweb and other servers are not supported")
+        refuse_new_folder(Path(studies))
         self.folder = Path(studies).resolve() / MODEL
         self.temporary = self.folder / "tmp"
         self.shipped = Path(conf.get("checkpoint", ROOT / "models" / "model.pt"))
@@ -86,6 +89,7 @@ class SyntheticCTApp(MONAILabelApp):
         for error in (InputError, MONAILabelException, json.JSONDecodeError, HTTPException, Exception):
             server.add_exception_handler(error, refuse)
         server.user_middleware = [entry for entry in server.user_middleware if entry.cls is not CORSMiddleware]
+        add_pages(server, self)
         server.middleware_stack = server.build_middleware_stack()  # built before the app was made
         super().on_init_complete()
 
@@ -124,6 +128,19 @@ class SyntheticCTApp(MONAILabelApp):
             with suppress(FileNotFoundError):  # its request has just ended
                 if path.stat().st_mtime < time.time() - STALE:
                     remove_file(str(path))
+
+
+def refuse_new_folder(studies: Path) -> None:
+    """Remove the studies folder if it is empty and younger than this process: MONAI Label makes a folder of any name
+    that it does not find, before this app is asked.
+
+    Raises:
+        InputError: when it was.
+    """
+    started = psutil.Process().create_time()
+    if studies.is_dir() and studies.stat().st_ctime > started and not any(studies.iterdir()):
+        studies.rmdir()
+        raise InputError(f"{studies}: no such folder; correct --studies, or make the folder first")
 
 
 async def refuse(request: Request, error: Exception) -> JSONResponse:
