@@ -613,7 +613,7 @@ def test_pairs_come_out_on_one_grid_as_int16_with_datalist_and_report(inbox, tmp
     assert [len(pairs[split]) for split in ("training", "test", "validation")] == [2, 1, 0]
     report = (out / "report.html").read_text()
     assert report.count("MR with the outlines of the CT") == 6 and "registration" in report  # caption and alt text
-    assert report.count('data-name="CT as scanned"') == 3  # what the viewer shows
+    assert report.count('data-name="CT prepared"') == 3  # what the viewer shows
     assert not [name for name in files_in(out) if Path(name).name.startswith(".")]
 
 

@@ -1,4 +1,4 @@
-"""The viewer: what is stored of the volumes, and in a browser that layers, windows and values are those of the files."""
+"""The viewer: what is stored of the volumes, and in a browser that layers, windows and values are the files'."""
 
 from __future__ import annotations
 

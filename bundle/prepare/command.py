@@ -231,7 +231,8 @@ def finish(data: dict[Hashable, MetaTensor], settings: Settings) -> dict[Hashabl
 
 def write_pair(data: Mapping[Hashable, MetaTensor], folder: Path, title: str) -> None:
     """Write the volumes and the picture, each whole or not at all."""
-    for key in (*VOLUMES, BEFORE):
+    moved = not torch.equal(torch.as_tensor(data[BEFORE]), torch.as_tensor(data["label"]))
+    for key in (*VOLUMES, *([BEFORE] if moved else [])):
         write_volume(data[key], folder / f"{key}.nii.gz")
     columns = {"as scanned": np.asarray(data[BEFORE][0]), "prepared": np.asarray(data["label"][0])}
     with atomic_write(folder / "overlay.png") as temporary:

@@ -21,7 +21,7 @@ from bundle.report.tables import Cell, Table  # noqa: E402
 from custom_modules.data.hu import BONE_HU, TISSUE_HU  # noqa: E402
 from custom_modules.data.volumes import read_volume  # noqa: E402
 
-BEFORE = "before"  # file of the CT as scanned, on the grid of the MR
+BEFORE = "before"  # file of the CT as scanned, on the grid of the MR, where registration has moved it
 SHOWN = {"MR": ("image", "MR"), "CT as scanned": (BEFORE, "HU"), "CT prepared": ("label", "HU")}  # in the viewer
 CONTOURS = {TISSUE_HU: "deepskyblue", BONE_HU: "gold"}  # by HU
 NAMES = {TISSUE_HU: "skin", BONE_HU: "bone"}
@@ -128,8 +128,8 @@ def _patient(row: Mapping[str, Any], folder: Path, viewer_mb: float) -> dict[str
     shown: list[Layer] = []
     note = "" if packed_script() else MISSING
     files = {name: (folder / f"{file}.nii.gz", kind) for name, (file, kind) in SHOWN.items()}
-    if "dice" in row and not note and all(path.is_file() for path, _ in files.values()):
-        volumes = {name: (read_volume(path), kind) for name, (path, kind) in files.items()}
+    if "dice" in row and not note:
+        volumes = {name: (read_volume(path), kind) for name, (path, kind) in files.items() if path.is_file()}
         affine = np.asarray(volumes["MR"][0].affine)
         shown, note = layers({n: (np.asarray(v[0]), kind) for n, (v, kind) in volumes.items()}, affine, viewer_mb)
     picture = folder / "overlay.png"
