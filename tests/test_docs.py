@@ -184,6 +184,21 @@ def test_the_page_of_settings_is_that_of_the_table():
     assert SETTINGS_PAGE.read_text() == settings_page()
 
 
+def test_troubleshooting_names_every_measure_of_the_guard_and_only_messages_that_there_are():
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    guard = (ROOT / "custom_modules" / "inference" / "guard.py").read_text()
+    measures = re.findall(r'^    "(.+?)": \("', guard, re.MULTILINE)
+    assert len(measures) == 10 and all(f"`{measure}`" in text for measure in measures)
+    code = "".join(
+        path.read_text() for folder in ("custom_modules", "bundle") for path in (ROOT / folder).rglob("*.py")
+    )
+    refusals = re.findall(r"^\| `(.+?)` \|", text.split("## Refusals")[1].split("## The viewer")[0], re.MULTILINE)
+    viewer = code + (ROOT / "bundle" / "pages" / "templates" / "viewer.js").read_text()
+    shown = re.findall(r"^\| \*(.+?)\* \|", text, re.MULTILINE)
+    assert len(refusals) > 10 and [message for message in refusals if message not in code] == []
+    assert len(shown) == 4 and [message for message in shown if message not in viewer] == []
+
+
 if __name__ == "__main__":
     SETTINGS_PAGE.write_text(settings_page())
 
