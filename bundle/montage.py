@@ -73,6 +73,7 @@ def montage(
     centre: Voxel | None = None,
     notes: Sequence[str] = (),
     planes: Sequence[str] = PLANES,
+    windows: Sequence[str] = tuple(WINDOWS),
 ) -> Path:
     """Write a PNG with one column per volume. Each plane has two rows if there are volumes in HU: the first in a
     soft-tissue window, the second in a bone window, with the outlines of bone on the MR and the SD below the error.
@@ -83,9 +84,11 @@ def montage(
         centre: voxel that the planes go through; the middle of the first volume's foreground when None.
         notes: warnings, below the title.
         planes: of :data:`PLANES`.
+        windows: of :data:`WINDOWS`, for volumes in HU.
     """
     view = _view(columns, affine, centre)
-    rows = [(plane, window) for plane in planes for window in _windows(view)]
+    in_hu = any(kind == "HU" for _, kind in view.columns.values())
+    rows = [(plane, window) for plane in planes for window in (windows if in_hu else ["soft"])]
     grid = _grid(view)
     scale = min([WIDTH / max(view.extent(p)[0] for p in planes)] + [HEIGHT / view.extent(p)[1] for p in planes])
     heights = [scale * view.extent(plane)[1] for plane, _ in rows]
@@ -104,7 +107,7 @@ def montage(
             name = names.get(window)
             if name is not None:
                 _draw(axis, view, name, plane, window, first_plane=plane == planes[0])
-        _mark(line[0], view, plane, window == next(iter(WINDOWS)))
+        _mark(line[0], view, plane, window == rows[0][1])
     for axis, names in zip(axes[0], grid):
         axis.set_title(names["soft"], fontsize=10, color="white", pad=4)
     height = figure.get_figheight()
@@ -124,10 +127,6 @@ def _view(columns: Columns, affine: np.ndarray, centre: Voxel | None) -> View:
     stored = next(iter(columns.values()))[0].shape
     middle = _centre(first) if centre is None else _in_canonical(centre, affine, stored)
     return View(canonical, middle, nib.affines.voxel_sizes(image.affine), image.affine[:3, 3])
-
-
-def _windows(view: View) -> list[str]:
-    return list(WINDOWS) if any(kind == "HU" for _, kind in view.columns.values()) else ["soft"]
 
 
 def _grid(view: View) -> list[dict[str, str]]:

@@ -152,7 +152,7 @@ def test_without_the_viewer_the_pictures_stay_and_the_page_says_so(scored, tmp_p
     monkeypatch.setattr("bundle.report.command.packed_script", lambda: None)
     report(str(scored), str(tmp_path / "a.html"))
     text = (tmp_path / "a.html").read_text()
-    assert "no interactive viewer: install it" in text and "data-layers" not in text
+    assert "no interactive viewer: install it" in text and 'data-layers="' not in text
     assert sum("middle of the body" in caption for caption in Page(text).captions) == 9
 
 
