@@ -39,7 +39,7 @@ class Viewer {
       isRadiologicalConvention: true, isColorbar: true, backColor: [0, 0, 0, 1], crosshairWidth: 0.6,
       multiplanarShowRender: 0, isSliceMM: false, isResizeCanvas: true, dragAndDropEnabled: false, logLevel: "error",
       isNearestInterpolation: true, loadingText: "", showAllOrientationMarkers: true, crosshairColor: [0.3, 0.75, 1, 0.7],
-      multiplanarPadPixels: 24, fontColor: [0.85, 0.85, 0.85, 1],
+      multiplanarPadPixels: 24, sagittalNoseLeft: true, fontColor: [0.85, 0.85, 0.85, 1],
     });
     this.nv = nv;
     await nv.attachToCanvas(canvas, false);
