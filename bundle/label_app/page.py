@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 LIMIT = 1_500_000_000  # bytes of a request; a whole body at 1 mm has a third of that
 MR = "mr.nii.gz"
-REPLACED = ("/", "/docs", "/ohif/{path:path}")  # routes of MONAI Label that need the internet or a DICOM server
 OHIF = "OHIF shows the studies of a DICOM server. This server has a folder of files: use the page at / or 3D Slicer."
 
 
@@ -51,7 +50,6 @@ class LimitUpload:
 
 def add_pages(server: FastAPI, app: SyntheticCTApp) -> None:
     """Add the pages to MONAI Label's server, in place of those that need the internet, and the limit on requests."""
-    server.router.routes[:] = [route for route in server.routes if getattr(route, "path", "") not in REPLACED]
     server.user_middleware.append(Middleware(LimitUpload))
 
     async def index() -> HTMLResponse:
@@ -70,6 +68,7 @@ def add_pages(server: FastAPI, app: SyntheticCTApp) -> None:
 
     for path, endpoint in (("/", index), ("/docs", docs), ("/ohif/{path:path}", ohif)):
         server.add_api_route(path, endpoint, include_in_schema=False)
+        server.router.routes.insert(0, server.router.routes.pop())  # the first that fits is taken
     server.add_api_route("/volume", volume, summary="MR, or SD of a session, as NIfTI", tags=["Infer"])
 
 

@@ -108,7 +108,7 @@ class Viewer {
 
   // Position and values under the crosshair, read from the volumes, not from the screen.
   values() {
-    const mm = this.nv.frac2mm(this.nv.scene.crosshairPos);
+    const mm = this.nv.frac2mm(this.nv.scene.crosshairPos, 0, true); // true: of oblique volumes too
     const vox = this.images[0].mm2vox([mm[0], mm[1], mm[2]]);
     const values = this.images.map((image) => image.getValue(...vox));
     return { mm: [...mm].slice(0, 3), vox: [...vox].slice(0, 3), values };
