@@ -15,9 +15,10 @@ PORT ?= 8000
 
 .PHONY: demo test test-fast test-slow test-label lint label dose bench package clean
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt requirements-viewer.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --requirement requirements.txt
+	-$(PY) -m pip install --quiet --no-deps --requirement requirements-viewer.txt
 	touch $@
 
 .venv/installed-dev: .venv/installed requirements-dev.txt
@@ -43,14 +44,16 @@ lint: .venv/installed-dev
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-.venv-label/installed: requirements-label.txt
+.venv-label/installed: requirements-label.txt requirements-viewer.txt
 	$(PYTHON) -m venv .venv-label
 	$(LABEL) -m pip install --quiet --requirement requirements-label.txt
 	$(LABEL) -m pip install --quiet --no-deps monailabel==0.8.5 pydicom-seg==0.4.1
+	-$(LABEL) -m pip install --quiet --no-deps --requirement requirements-viewer.txt
 	touch $@
 
 label: $(if $(STUDIES),.venv-label/installed)
 	@test -n "$(STUDIES)" || { echo "say which folder has the images: make label STUDIES=DIR"; exit 1; }
+	@test -d "$(STUDIES)" || { echo "$(STUDIES): no such folder; correct STUDIES, or make it first"; exit 1; }
 	$(LABEL) -m monailabel.main start_server --app bundle/label_app --studies "$(STUDIES)" --host 127.0.0.1 --port $(PORT)
 
 .venv-dose/installed: requirements-dose.txt

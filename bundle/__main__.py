@@ -24,9 +24,9 @@ from custom_modules.settings import FALSE, SETTINGS, number, parse_bool
 
 # command: its module, and the config whose settings it accepts too
 COMMANDS = {
-    "synthesize": ("bundle.synthesize", "inference"),
+    "synthesize": ("bundle.synthesis", "inference"),
     "evaluate": ("bundle.evaluate", "inference"),
-    "report": ("bundle.report", None),
+    "report": ("bundle.report.command", None),
     "demo": ("bundle.demo", "inference"),
     "prepare": ("bundle.prepare.command", None),
     "phantom": ("bundle.phantom.command", None),

@@ -16,7 +16,7 @@ import numpy as np
 
 from bundle.phantom.command import torso_phantom
 from bundle.simulate import simulate
-from bundle.synthesize import picture, synthesize
+from bundle.synthesis import picture, synthesize
 from custom_modules.data.body import ct_tissue_mask
 from custom_modules.data.volumes import read_volume
 from custom_modules.evaluation.metrics import mae, tissue_dice
@@ -83,7 +83,7 @@ def demo(mr: str | None = None, output_dir: str = "demo", **settings: Any) -> No
     target = Path(output_dir) / "sct.nii.gz"
     synthesize(str(source), str(target), **settings)
     sct, ct = (np.asarray(read_volume(path)[0], dtype=np.float32) for path in (target, truth))
-    picture(source, target, ct)
+    picture(source, target, truth)
     body = ct_tissue_mask(ct)
     print(
         f"error         {mae(sct, ct, body):.0f} HU in the body on average, bone Dice "

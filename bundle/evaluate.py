@@ -6,10 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from bundle.synthesize import picture
-from custom_modules.data.volumes import read_volume
+from bundle.synthesis import picture
 from custom_modules.errors import one_line
 from custom_modules.evaluation.split import Evaluation
 from custom_modules.files import inside, writable_or_stop
@@ -59,7 +56,7 @@ def _picture(pair: dict[str, str], pred_dir: Path, output_dir: Path) -> None:
     """Write the picture of a patient; one that fails is logged and does not stop the others."""
     name = f"{pair['patient']}_sct.nii.gz"
     try:
-        ct = np.asarray(read_volume(pair["label"])[0])
-        picture(pair["image"], inside(pred_dir, name), ct, inside(output_dir, f"{pair['patient']}_sct.png"))
+        target = inside(output_dir, f"{pair['patient']}_sct.png")
+        picture(pair["image"], inside(pred_dir, name), pair["label"], target)
     except (ValueError, OSError) as error:  # missing or on another grid, which the scores report too; or not writable
         logger.warning("%s: no picture (%s)", pair["patient"], one_line(error, name))

@@ -99,10 +99,8 @@ def train(
     network |= {name: value for name, value in settings.items() if name in known and name not in TRAINING_ONLY}
     ship(str(folder / stages[-1].folder / "model.pt"), str(weights), str(dataset_dir), data, **network)
     beside = {"calibration": "calibration.json", "guard_statistics": "guard.json"}
-    evaluate(
-        str(dataset_dir), data, "validation", str(folder / "validation"), checkpoint=str(weights), **network,
-        **{name: str(weights.with_name(file)) for name, file in beside.items()},
-    )  # fmt: skip
+    network |= {"checkpoint": str(weights)} | {name: str(weights.with_name(file)) for name, file in beside.items()}
+    evaluate(str(dataset_dir), data, "validation", str(folder / "validation"), **network)
     print(f"weights: {weights}; scores and pictures: {folder / 'validation'}")
 
 

@@ -103,7 +103,7 @@ def check_settings(parser: ConfigParser, given: Sequence[str] = ()) -> bool:
         InputError: for a setting or a value that is not allowed.
     """
     content, converted = parser.get(), False
-    used = set(_references(content))
+    used = set(references(content))
     for name in given:
         if name not in content or (name not in used and name not in STRUCTURE):
             raise InputError(f"no setting '{name}' in this config{suggestion(name, used & set(SETTINGS))}")
@@ -131,14 +131,14 @@ def _is_literal(value: Any) -> bool:
     return _is_plain(value) and not _is_expression(value)
 
 
-def _references(node: Any) -> Iterator[str]:
+def references(node: Any) -> Iterator[str]:
     """Yield the top-level ids that a config refers to."""
     if isinstance(node, Mapping):
         for value in node.values():
-            yield from _references(value)
+            yield from references(value)
     elif isinstance(node, (list, tuple)):
         for value in node:
-            yield from _references(value)
+            yield from references(value)
     elif _is_expression(node):
         yield from re.findall(r"@(\w+)", node)
 

@@ -13,10 +13,16 @@ class InputError(ValueError):
     """Input that cannot be used; the message is one line that names it and says what to do."""
 
 
-def one_line(error: BaseException, name: str) -> str:
-    """Return the innermost cause of ``error`` as one line that names the file."""
+def cause(error: BaseException) -> BaseException:
+    """Return the innermost cause of ``error``, which MONAI's transforms wrap, or the first that is for users."""
     while error.__cause__ is not None and not isinstance(error, InputError):
         error = error.__cause__
+    return error
+
+
+def one_line(error: BaseException, name: str) -> str:
+    """Return the innermost cause of ``error`` as one line that names the file."""
+    error = cause(error)
     text = " ".join(str(error).split()) or type(error).__name__
     return text if name in text else f"{name}: {text}"
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -166,7 +168,8 @@ LONG_MODULES = (
 INTEGRATION_MODULES = {
     "test_chain", "test_export", "test_inference", "test_label_app", "test_package", "test_report", "test_slicer",
 }  # fmt: skip
-INTEGRATION_FIXTURES = {"infer", "infer_command", "trained", "phantoms", "tiny", "inbox", "quick_maps", "real_data"}
+INTEGRATION_FIXTURES = {"infer", "infer_command", "trained", "phantoms", "tiny", "inbox", "quick_maps", "real_data",
+                        "watch", "chromium"}  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -257,6 +260,69 @@ def infer_command(checkpoint: Path) -> Callable[..., subprocess.CompletedProcess
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
     return run
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+class Watched:
+    """A page in headless Chromium, with what it asked for and what stands on its console; policy violations too."""
+
+    def __init__(self, context: Any) -> None:
+        self.page = context.new_page()
+        self.requests: list[str] = []
+        self.console: list[str] = []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("console", lambda message: self.console.append(message.text))
+        self.page.on("pageerror", lambda error: self.console.append(str(error)))
+
+    def open(self, path: Path | str) -> Any:
+        self.page.goto(path if isinstance(path, str) else path.as_uri())
+        return self.page
+
+    def open_viewer(self, root: str = ".viewer") -> Any:
+        """Open a viewer of the page and return its element."""
+        found = self.page.locator(root).first
+        if found.get_attribute("data-state") is None:
+            found.locator("[data-part=open]").click()
+        self.page.wait_for_selector(f"{root}[data-state=open]", timeout=120_000)
+        return found
+
+    def outside(self) -> list[str]:
+        """Requests for anything but the page itself and its own data."""
+        return [url for url in self.requests if not url.startswith(("data:", "blob:", self.page.url.split("#")[0]))]
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Callable[..., Any]]:
+    """Start headless Chromium with WebGL in software: chromium(*flags) -> browser. Skipped where there is none."""
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium on the path (Debian: apt-get install chromium)")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (requirements-dev.txt)")
+    with sync_api.sync_playwright() as playwright:
+        gl = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"]
+        yield lambda *flags: playwright.chromium.launch(executable_path=CHROMIUM, args=[*gl, *flags])
+
+
+@pytest.fixture(scope="session")
+def browser(chromium) -> Iterator[Any]:
+    made = chromium()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def watch(browser) -> Iterator[Callable[..., Watched]]:
+    """Make a page of its own: watch(width, **options of the context) -> Watched."""
+    contexts = []
+
+    def make(width: int = 1400, **options: Any) -> Watched:
+        contexts.append(browser.new_context(viewport={"width": width, "height": 900}, **options))
+        return Watched(contexts[-1])
+
+    yield make
+    for context in contexts:
+        context.close()
 
 
 @pytest.fixture(scope="session")

@@ -158,6 +158,7 @@ def test_package_and_citation_have_the_version_of_the_metadata():
 def test_the_extras_are_the_development_requirements():
     extras = project()["optional-dependencies"]
     assert sorted(extras["dev"] + extras["export"]) == sorted(pins("requirements-dev.txt"))
+    assert extras["viewer"] == list(pins("requirements-viewer.txt"))
     assert not pins("requirements-dev.txt") & pins("requirements.txt")
 
 
@@ -181,6 +182,21 @@ def test_readmes_scores_are_those_of_the_model_card():
 
 def test_the_page_of_settings_is_that_of_the_table():
     assert SETTINGS_PAGE.read_text() == settings_page()
+
+
+def test_troubleshooting_names_every_measure_of_the_guard_and_only_messages_that_there_are():
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    guard = (ROOT / "custom_modules" / "inference" / "guard.py").read_text()
+    measures = re.findall(r'^    "(.+?)": \("', guard, re.MULTILINE)
+    assert len(measures) == 10 and all(f"`{measure}`" in text for measure in measures)
+    code = "".join(
+        path.read_text() for folder in ("custom_modules", "bundle") for path in (ROOT / folder).rglob("*.py")
+    )
+    refusals = re.findall(r"^\| `(.+?)` \|", text.split("## Refusals")[1].split("## The viewer")[0], re.MULTILINE)
+    viewer = code + (ROOT / "bundle" / "pages" / "templates" / "viewer.js").read_text()
+    shown = re.findall(r"^\| \*(.+?)\* \|", text, re.MULTILINE)
+    assert len(refusals) > 10 and [message for message in refusals if message not in code] == []
+    assert len(shown) == 4 and [message for message in shown if message not in viewer] == []
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ input."""
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import os
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -102,6 +104,7 @@ class Server:
     def __init__(self, root: Path) -> None:
         self.studies, self.weights, self.log = root / "studies", root / "weights" / "model.pt", root / "server.log"
         self.weights.parent.mkdir(parents=True)
+        self.studies.mkdir()
         shutil.copy(ROOT / "models" / "model.pt", self.weights)
         self.start()
 
@@ -217,7 +220,9 @@ def test_monai_labels_client_gets_what_monai_bundle_run_writes(server, by_bundle
     record = json.loads((by_bundle / "mr_sct.json").read_text())
     assert info["result_kind"] == "scalar_volume" and info["units"] == "HU" and info["seed"] == 3
     assert info["model_sha256"] == sha256(ROOT / "models" / "model.pt") == record["model_sha256"]
-    assert info["settings"] == record["settings"] and info["warnings"] == record["guard"]["warnings"] != []
+    assert info["settings"] == record["settings"]
+    guard = [f"not like the training MRs: {warning}" for warning in record["guard"]["warnings"]]
+    assert guard and guard == [text for text in info["warnings"] if "training" in text]
     spread = server.client(tmp_path, "download_label", label_id="mr", tag=info["uncertainty"]["tag"])
     assert_same(spread, by_bundle / "mr_sct_sd.nii.gz")
     server.wait_until_idle()
@@ -379,6 +384,132 @@ def test_without_weights_a_sentence_and_with_them_again_a_synthetic_ct(server):
     finally:
         away.rename(server.weights)
     assert server.ask("POST", f"{INFER}&output=json", {})[0] == 200
+
+
+# the page
+
+
+DROP = """async ([files, zone]) => {
+  const transfer = new DataTransfer();
+  for (const [name, data] of files) {
+    transfer.items.add(new File([Uint8Array.from(atob(data), (c) => c.charCodeAt(0))], name));
+  }
+  const event = new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true });
+  document.getElementById("drop").dispatchEvent(event);
+}"""
+
+
+def dropped(page, *paths: Path) -> None:
+    """Drop files on the page, as a person does."""
+    files = [(path.name, base64.b64encode(path.read_bytes()).decode()) for path in paths]
+    page.evaluate(DROP, [files, "drop"])
+
+
+@live
+def test_a_drop_on_the_page_ends_in_what_monai_bundle_run_writes(server, by_bundle, mr, tmp_path, watch):
+    watched = watch()
+    page = watched.open(f"{server.address}/")
+    page.fill("#samples", "2")
+    page.fill("#seed", "3")
+    dropped(page, mr)
+    page.wait_for_selector("#result-viewer[data-state=open]", timeout=180_000)
+    with page.expect_download() as download:
+        page.locator("#downloads a").first.click()
+    download.value.save_as(tmp_path / "sct.nii.gz")
+    assert download.value.suggested_filename == "mr_sct.nii.gz"
+    assert_same(tmp_path / "sct.nii.gz", by_bundle / "mr_sct.nii.gz")
+    with page.expect_download(timeout=180_000) as download:
+        page.get_by_role("button", name="DICOM").click()
+    download.value.save_as(tmp_path / "sct.zip")
+    assert download.value.suggested_filename == "mr_sct_dicom.zip"
+    series, nifti = (read_volume(path) for path in (unpack(tmp_path / "sct.zip").parent, by_bundle / "mr_sct.nii.gz"))
+    assert np.sort(np.ravel(series)).tolist() == np.sort(np.ravel(nifti)).tolist()  # in the order of DICOM's axes
+    found = page.evaluate("viewer.values()")
+    assert page.evaluate("viewer.layers.map((layer) => layer.name)") == ["MR", "synthetic CT", "SD"]
+    for value, path in zip(found["values"], (mr, by_bundle / "mr_sct.nii.gz", by_bundle / "mr_sct_sd.nii.gz")):
+        volume = read_volume(path)
+        i, j, k = nib.affines.apply_affine(np.linalg.inv(np.asarray(volume.affine)), found["mm"]).round().astype(int)
+        assert value == pytest.approx(float(volume[0, i, j, k]), abs=1e-3)
+    assert "training" in page.locator("#warnings").inner_text()
+    assert [url for url in watched.requests if not url.startswith((server.address, "data:", "blob:"))] == []
+    assert watched.console == []
+
+
+@live
+def test_what_cannot_be_used_is_said_on_the_page_and_the_next_drop_works(server, mr, tmp_path, watch):
+    page = watch().open(f"{server.address}/")
+    problem = page.locator("#problem")
+    (tmp_path / "a.nii.gz").write_text("no image")
+    other = save(tmp_path / "b.nii.gz", np.random.default_rng(0).normal(500, 90, (12, 12, 12)).astype(np.float32))
+    for paths, words in (((tmp_path / "a.nii.gz",), "cannot be read"), ((mr, other), "holds 2 volumes")):
+        dropped(page, *paths)
+        page.wait_for_function("(words) => document.getElementById('problem').textContent.includes(words)", arg=words)
+    page.evaluate("document.getElementById('drop').dataset.limit = 10")
+    dropped(page, mr)
+    page.wait_for_function("() => document.getElementById('problem').textContent.includes('drop a smaller MR')")
+    page.evaluate("document.getElementById('drop').dataset.limit = 1e9")
+    dropped(page, mr)
+    dropped(page, mr)
+    assert "One MR at a time" in problem.text_content()
+    page.wait_for_selector("#result-viewer[data-state=open]", timeout=180_000)
+
+
+@live
+def test_studies_are_listed_and_the_api_and_ohif_pages_need_no_internet(server, watch):
+    for path, words in (("/", "mr"), ("/docs", "/infer/{model}"), ("/ohif/", "DICOM server")):
+        watched = watch(420)
+        page = watched.open(f"{server.address}{path}")
+        page.wait_for_function("(words) => document.body.innerText.includes(words)", arg=words)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 420
+        assert [url for url in watched.requests if not url.startswith((server.address, "data:"))] == []
+        assert watched.console == []
+
+
+@live
+def test_a_request_that_says_it_has_two_gigabytes_is_refused_unread(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.putrequest("PUT", "/session/")
+    connection.putheader("Content-Length", "2000000000")
+    connection.endheaders()
+    response = connection.getresponse()
+    assert response.status == 413 and "send a smaller MR" in json.loads(response.read())["detail"]
+    assert server.ask("GET", "/info/")[0] == 200
+
+
+@live
+def test_a_zip_of_a_dicom_series_is_a_session_and_a_hostile_one_is_refused(server, tmp_path):
+    values, _, _ = torso_phantom(shape=(20, 20, 20), spacing=4.0)
+    series = save_series(tmp_path / "series", values.T.astype(int))
+    before = files_in(server.studies.parent)
+    for name, write in (("good", True), ("../../escaped", False)):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            for path in sorted(series.iterdir()) if write else []:
+                archive.write(path, f"patient/series/{path.name}")
+            if not write:
+                archive.writestr(f"{name}.nii.gz", b"no image")
+        status, answer = server.ask("PUT", "/session/?uncompress=true", {}, tmp_path / "a.zip", "files")
+        assert (status == 200) == write, answer
+        if write:
+            session = answer["session_id"]
+            status, info = server.ask("POST", f"/infer/{MODEL}?session_id={session}&output=json", {})
+            assert status == 200 and info["result_kind"] == "scalar_volume"
+            assert server.ask("GET", f"/volume?session_id={session}")[0] == 200
+            assert server.ask("GET", f"/volume?session_id={session}&what=sd.nii.gz")[0] == 404
+            assert server.ask("DELETE", f"/session/{session}")[0] == 200
+    (tmp_path / "a.zip").write_bytes(b"no zip")
+    status, answer = server.ask("PUT", "/session/?uncompress=true", {}, tmp_path / "a.zip", "files")
+    assert status == 400 and "cannot be unpacked" in answer["detail"]
+    server.wait_until_idle()
+    assert files_in(server.studies.parent) == before
+
+
+@live
+def test_a_mistyped_studies_folder_is_refused_and_not_made(tmp_path):
+    command = [PYTHON, "-m", "monailabel.main", "start_server", "--app", ROOT / "bundle" / "label_app"]
+    command += ["--studies", tmp_path / "mistyped", "--host", "127.0.0.1", "--port", "0"]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode != 0 and "mistyped: no such folder" in done.stdout + done.stderr
+    assert not (tmp_path / "mistyped").exists()
 
 
 # a server among people

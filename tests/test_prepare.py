@@ -612,7 +612,8 @@ def test_pairs_come_out_on_one_grid_as_int16_with_datalist_and_report(inbox, tmp
     pairs = load_pairs(out / "datalist.json", out, ["training", "test", "validation"])
     assert [len(pairs[split]) for split in ("training", "test", "validation")] == [2, 1, 0]
     report = (out / "report.html").read_text()
-    assert all(f"{name}/overlay.png" in report for name in ("anna", "ben", "cleo")) and "registration" in report
+    assert report.count("MR with the outlines of the CT") == 6 and "registration" in report  # caption and alt text
+    assert report.count('data-name="CT prepared"') == 3  # what the viewer shows
     assert not [name for name in files_in(out) if Path(name).name.startswith(".")]
 
 

@@ -412,7 +412,7 @@ def test_the_dataset_goes_on_after_a_broken_item(tmp_path):
     good, bad = save_any(tmp_path / "good.nii.gz"), written(tmp_path / "bad.nii.gz", b"")
     dataset = VolumeDataset([{"image": str(bad)}, {"image": str(good)}], ReadVolumed("image"))
     failure, item = dataset[0], dataset[1]
-    assert failure == {"image": str(bad), "failure": f"{bad}: the file is empty"}
+    assert (failure["image"], failure["failure"]) == (str(bad), f"{bad}: the file is empty")
     assert collate([failure]) == failure
     np.testing.assert_array_equal(collate([item])["image"][0, 0], VALUES)
 

@@ -209,13 +209,14 @@ def write_mode(made: Volumes, volumes: Volumes, grid: Grid, mode: str, path: Pat
     reference, other = made[f"{mode}_ct"], made[f"{mode}_sct"]
     for system, values in (("ct", reference), ("sct", other)):
         save_map(values, grid, path.with_name(f"{path.stem}_{mode}_{system}.nii.gz"), f"dose, Gy; {MARK}")
-    index = np.nan_to_num(made[f"{mode}_gamma_{GAMMA[0][0]:g}_{GAMMA[0][1]:g}"])
+    index = made[f"{mode}_gamma_{GAMMA[0][0]:g}_{GAMMA[0][1]:g}"]  # NaN where the dose is too low to score
     columns = {
         "CT": (volumes["ct"], "HU"), "synthetic CT": (volumes["sct"], "HU"), "dose on the CT": (reference, "dose"),
         "difference, of 2 Gy": (100 * (other - reference) / DOSE, "few percent"), "gamma 2 %/2 mm": (index, "gamma"),
     }  # fmt: skip
     x, y, z = (int(round(c)) for c in ndimage.center_of_mass(volumes["target"]))
-    montage(columns, grid.affine, path.with_name(f"{path.stem}_{mode}.png"), f"{mode} ({MARK})", (x, y, z))
+    target = path.with_name(f"{path.stem}_{mode}.png")
+    montage(columns, grid.affine, target, f"{mode} ({MARK})", (x, y, z), windows=["bone"])
     figure, axis = plt.subplots(figsize=(5, 3.6))
     for name, colour in (("target", "tab:red"), ("body", "tab:blue")):
         for values, style, system in ((reference, "-", "CT"), (other, "--", "synthetic CT")):

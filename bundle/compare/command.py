@@ -268,4 +268,5 @@ def _strip(name: str, pair: Mapping[str, str], output_dir: Path, results: Path) 
     for title, (volume, kind) in columns.items():
         key = name if volume is sct else title.lower()
         results.mkdir(parents=True, exist_ok=True)
-        montage({title: (np.asarray(volume[0]), kind)}, np.asarray(mr.affine), results / f"{key}.png", centre=centre)
+        column, affine = {title: (np.asarray(volume[0]), kind)}, np.asarray(mr.affine)
+        montage(column, affine, results / f"{key}.png", centre=centre, windows=["bone"])

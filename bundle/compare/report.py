@@ -11,7 +11,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 from scipy.stats import kendalltau, wilcoxon
-from skimage.transform import downscale_local_mean
 
 from custom_modules.files import write_text
 
@@ -45,6 +44,7 @@ PAPER = {
     },
 }  # fmt: skip
 REFERENCE = "full"
+IN_A_ROW = 5  # columns of the figure, so that each can be read
 REASONS = ("<!-- reasons: what stands from here to the end mark is kept when the page is written -->", "<!-- end -->")
 
 
@@ -93,7 +93,7 @@ def write_report(results: Path, identity: Mapping[str, Any], titles: Mapping[str
         _cost(records, titles),
         _rankings(records, titles),
         REASONS[0] + kept + REASONS[1],
-        f"![One test patient, one column per system]({results.name}/{figure.name})" if figure else "",
+        f"![One test patient: MR, CT and one column per system]({results.name}/{figure.name})" if figure else "",
     ]
     page.parent.mkdir(parents=True, exist_ok=True)
     write_text("\n\n".join(part for part in parts if part) + "\n", page)
@@ -219,13 +219,19 @@ def _rankings(records: Mapping[str, Record], titles: Mapping[str, str]) -> str:
 
 
 def write_figure(records: Mapping[str, Record], results: Path) -> Path | None:
-    """Write ``figure.png`` in the folder: MR, CT and the column of every system side by side; None without columns."""
+    """Write ``figure.png`` in the folder: MR, CT and the column of every system, :data:`IN_A_ROW` side by side; None
+    without columns."""
     done = [name for name, record in records.items() if not record["problem"]]
     columns = [plt.imread(path) for name in ("mr", "ct", *done) if (path := results / f"{name}.png").exists()]
     if not done or not columns:
         return None
-    height = max(image.shape[0] for image in columns)
-    padded = [np.pad(image, ((height - len(image), 0), (0, 0), (0, 0)), constant_values=1) for image in columns]
+    height, width = (max(image.shape[axis] for image in columns) for axis in (0, 1))
+    columns += [np.ones((1, 1, columns[0].shape[2]), np.float32)] * (-len(columns) % IN_A_ROW)
+    padded = [
+        np.pad(image, ((height - len(image), 0), (0, width - image.shape[1]), (0, 0)), constant_values=1)
+        for image in columns
+    ]
+    rows = [np.concatenate(padded[start : start + IN_A_ROW], axis=1) for start in range(0, len(padded), IN_A_ROW)]
     path = results / "figure.png"
-    plt.imsave(path, downscale_local_mean(np.concatenate(padded, axis=1), (2, 2, 1)))
+    plt.imsave(path, np.concatenate(rows))
     return path

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from urllib.parse import quote
 
 from monai.bundle import ConfigParser
+from monailabel.config import settings
 from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
@@ -26,6 +30,21 @@ KEEP = Setting("bool", "keep the synthetic CT in the studies folder")
 DICOM = Setting("bool", "answer with a DICOM CT series in a .zip")
 ARCHIVE = ".zip"
 UNCERTAINTY = "uncertainty"  # label tag of the samples' standard deviation
+SD, MADE = "sd.nii.gz", "made"  # the same in the folder of a session, and where in it
+
+
+@contextmanager
+def logged_warnings(hidden: str) -> Iterator[list[str]]:
+    """Yield a list that receives the warnings in the log of the bundle, without the path ``hidden``."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage().replace(f"{hidden}: ", ""))  # type: ignore[method-assign]
+    logger = logging.getLogger("custom_modules")
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
 
 
 class Synthesis(InferTask):
@@ -58,7 +77,8 @@ class Synthesis(InferTask):
         DICOM CT series: in the study of an MR that is a DICOM series, otherwise in one of its own. ``save_label``
         keeps the result as label ``label_tag`` of the image, ``save_image`` as a further image ``<id>_sct``, and the
         standard deviation of several samples is kept as label ``uncertainty``: all three for images of the datastore
-        only.
+        only. For the image of a session, the last is kept in the session's folder. ``files`` in the answer has the
+        addresses of such files.
 
         Returns:
             The file, which the caller has to remove, and the information about it for the client.
@@ -66,8 +86,8 @@ class Synthesis(InferTask):
         Raises:
             InputError: for an option, image or weights that cannot be used.
         """
-        settings = self.options.chosen(request)
-        save_label, save_image, dicom = (settings.pop(name) for name in ("save_label", "save_image", "dicom"))
+        chosen = self.options.chosen(request)
+        save_label, save_image, dicom = (chosen.pop(name) for name in ("save_label", "save_image", "dicom"))
         image_id, path = self.studies.resolve(str(request.get("image") or ""))
         tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL
         tag = str(tag.value if isinstance(tag, DefaultLabelTag) else tag)
@@ -83,8 +103,8 @@ class Synthesis(InferTask):
             with tempfile.TemporaryDirectory(prefix="result") as folder:
                 made = Path(folder) / f"sct{extension}"
                 result = f"{folder}_sct{ARCHIVE if dicom else extension}"
-                settings["output_format"] = "both" if dicom else "mr"
-                info = self._run({"image": volume["image"], "output": "sct" if dicom else made.name}, folder, settings)
+                chosen["output_format"] = "both" if dicom else "mr"
+                info = self._run({"image": volume["image"], "output": "sct" if dicom else made.name}, folder, chosen)
                 if image_id and save_label:
                     self.studies.keep(image_id, made, tag, {"params": info})
                 if image_id and save_image:
@@ -92,11 +112,22 @@ class Synthesis(InferTask):
                 if image_id and sibling_path(made, "_sd").exists():
                     info["uncertainty"] = {"label": image_id, "tag": UNCERTAINTY, "units": "HU"}
                     self.studies.keep(image_id, sibling_path(made, "_sd"), UNCERTAINTY, {"params": info})
+                    info["files"]["SD"] = f"/datastore/label?label={quote(image_id)}&tag={UNCERTAINTY}"
+                elif sibling_path(made, "_sd").exists() and extension == ".nii.gz" and (kept := self._session(path)):
+                    (kept / MADE).mkdir(exist_ok=True)
+                    shutil.copy(sibling_path(made, "_sd"), kept / MADE / SD)
+                    info["files"]["SD"] = f"/volume?session_id={kept.name}&what={SD}"
                 if dicom:
                     info["result_kind"] = "dicom_series"
                     made = Path(shutil.make_archive(str(Path(folder) / "series"), "zip", Path(folder) / "sct"))
                 os.replace(made, result)
         return result, info
+
+    def _session(self, image: Path) -> Path | None:
+        """Return the folder of the session that an image belongs to; None if it belongs to none."""
+        sessions = Path(settings.MONAI_LABEL_SESSION_PATH).resolve()
+        image = Path(str(image).split("#")[0])
+        return sessions / image.relative_to(sessions).parts[0] if image.is_relative_to(sessions) else None
 
     @staticmethod
     def _extension(wanted: str, output: str) -> str:
@@ -106,12 +137,13 @@ class Synthesis(InferTask):
             raise InputError(f"result_extension must be one of {', '.join((*EXTENSIONS, ARCHIVE))}, got '{wanted}'")
         return extension or EXTENSIONS[0]
 
-    def _run(self, volume: dict[str, str], folder: str, settings: dict[str, Any]) -> dict[str, Any]:
+    def _run(self, volume: dict[str, str], folder: str, chosen: dict[str, Any]) -> dict[str, Any]:
         """Run the bundle's inference on one volume, with results in ``folder``; return the information for a client."""
         own: dict[str, Any] = {"output_dir": folder, "checkpoint": str(self.checkpoint()), "dataset#data": [volume]}
-        workflow = inference_workflow(logging_file=False, **own, **settings)
+        workflow = inference_workflow(keep_network=True, **own, **chosen)
         try:
-            workflow.run()
+            with logged_warnings(volume["image"]) as warnings:
+                workflow.run()
         except SystemExit as error:  # inference ends the program with one line
             raise InputError(str(error).splitlines()[-1].strip().removeprefix("error: ")) from error
         record = json.loads(sibling_path(Path(folder) / volume["output"], "", ".json").read_text())
@@ -119,9 +151,10 @@ class Synthesis(InferTask):
         return {
             "result_kind": "scalar_volume",
             "units": "HU",
-            "seed": settings["seed"],
-            "warnings": guard.get("warnings", []),
+            "seed": chosen["seed"],
+            "warnings": warnings,
             "guard_score": guard.get("score"),
             "uncertainty": None,
+            "files": {},
             **{name: value for name, value in record.items() if name not in ("input", "output", "guard")},
         }

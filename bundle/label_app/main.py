@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -25,6 +26,7 @@ from monailabel.utils.others.generic import remove_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the server loads this file by its path
 
 from bundle.label_app.infer import Synthesis  # noqa: E402
+from bundle.label_app.page import add_pages  # noqa: E402
 from bundle.label_app.studies import CheckedSessions, NotFound, Studies  # noqa: E402
 from bundle.label_app.train import FineTuning  # noqa: E402
 from bundle.workflow import ROOT  # noqa: E402
@@ -33,6 +35,7 @@ from custom_modules.errors import InputError  # noqa: E402
 logger = logging.getLogger(__name__)
 
 MODEL = "synthetic_ct"
+CLOCK_ERROR = 0.2  # s; what MONAI Label imports before it makes a folder takes longer
 STALE = 3600  # seconds after which a temporary file is no longer needed
 
 
@@ -46,6 +49,7 @@ class SyntheticCTApp(MONAILabelApp):
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         if "://" in studies:
             raise InputError(f"{studies}: the studies must be a folder; DICOMweb and other servers are not supported")
+        refuse_new_folder(Path(studies))
         self.folder = Path(studies).resolve() / MODEL
         self.temporary = self.folder / "tmp"
         self.shipped = Path(conf.get("checkpoint", ROOT / "models" / "model.pt"))
@@ -86,6 +90,7 @@ class SyntheticCTApp(MONAILabelApp):
         for error in (InputError, MONAILabelException, json.JSONDecodeError, HTTPException, Exception):
             server.add_exception_handler(error, refuse)
         server.user_middleware = [entry for entry in server.user_middleware if entry.cls is not CORSMiddleware]
+        add_pages(server, self)
         server.middleware_stack = server.build_middleware_stack()  # built before the app was made
         super().on_init_complete()
 
@@ -124,6 +129,21 @@ class SyntheticCTApp(MONAILabelApp):
             with suppress(FileNotFoundError):  # its request has just ended
                 if path.stat().st_mtime < time.time() - STALE:
                     remove_file(str(path))
+
+
+def refuse_new_folder(studies: Path) -> None:
+    """Remove the studies folder if it is empty and younger than this process: MONAI Label makes a folder of any name
+    that it does not find, before this app is asked.
+
+    Raises:
+        InputError: when it was.
+    """
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])  # psutil rounds to a second
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    younger = studies.is_dir() and studies.stat().st_ctime > time.time() - age + CLOCK_ERROR
+    if younger and not any(studies.iterdir()):
+        studies.rmdir()
+        raise InputError(f"{studies}: no such folder; correct --studies, or make the folder first")
 
 
 async def refuse(request: Request, error: Exception) -> JSONResponse:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +21,7 @@ from custom_modules.data.inputs import LISTS, find_volumes
 from custom_modules.data.volumes import EXTENSIONS, read_volume
 from custom_modules.errors import InputError
 
+UNPACKED_LIMIT = 4_000_000_000  # bytes; zipfile reads no more of a member than its entry says
 LABEL_MAP_VALUES = 32  # whole numbers that a label map may hold; a magnitude image has hundreds
 
 
@@ -110,17 +115,43 @@ class Studies(LocalDatastore):
         return super().save_label(image_id, str(label_filename), label_tag, label_info)
 
 
+def unpack(archive: Path, folder: Path) -> None:
+    """Write the files in a zip to ``folder``, numbered, so that no name in it can lead elsewhere.
+
+    Raises:
+        InputError: for what is no zip, is damaged or has a password, or would be larger than :data:`UNPACKED_LIMIT`.
+    """
+    folder.mkdir()
+    try:
+        with zipfile.ZipFile(archive) as content:
+            members = [member for member in content.infolist() if not member.is_dir()]
+            if sum(member.file_size for member in members) > UNPACKED_LIMIT:
+                raise InputError(f"the archive has more than {UNPACKED_LIMIT / 1e9:g} GB when unpacked; send less")
+            for number, member in enumerate(members):
+                name = Path(member.filename.replace("\\", "/")).name
+                if name.startswith(".") or "__MACOSX" in member.filename:
+                    continue
+                with content.open(member) as source, (folder / f"{number}_{name}").open("xb") as target:
+                    shutil.copyfileobj(source, target)
+    except (zipfile.BadZipFile, RuntimeError, OSError, NotImplementedError, zlib.error) as error:
+        raise InputError(f"the archive cannot be unpacked ({error}); send a zip without a password") from error
+
+
 class CheckedSessions(Sessions):
-    """MONAI Label's sessions, each with one uploaded volume or DICOM series."""
+    """MONAI Label's sessions, each with one uploaded volume or DICOM series, or a zip of it (``uncompress``)."""
 
     def add_session(
         self, data_file: str, expiry: int = 0, uncompress: bool = False, session_id: str | None = None
     ) -> Any:
-        if uncompress:
-            raise InputError("archives are not unpacked; send the volume itself, or the files of a DICOM series")
-        with errors_name(data_file, "the upload"):
-            check_volume_file(data_file)
-        return super().add_session(data_file, expiry, session_id=session_id)
+        if not uncompress:
+            with errors_name(data_file, "the upload"):
+                check_volume_file(data_file)
+            return super().add_session(data_file, expiry, session_id=session_id)
+        with tempfile.TemporaryDirectory(prefix="result") as folder:  # named apart from uploads
+            unpack(Path(data_file), Path(folder) / "files")
+            with errors_name(Path(folder) / "files", "the archive"):
+                check_volume_file(Path(folder) / "files")
+            return super().add_session(str(Path(folder) / "files"), expiry, session_id=session_id)
 
     def get_session(self, session_id: str, update_ts: bool = True, fetch_cache: bool = True) -> Any:
         return super().get_session(session_id, update_ts, fetch_cache) if re.fullmatch(r"[\w-]+", session_id) else None

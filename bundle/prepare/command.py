@@ -23,7 +23,7 @@ from tqdm import tqdm
 from bundle.prepare.cleaning import RemoveCouchd
 from bundle.prepare.patients import SPLITS, Patient, find_patients, load_patient
 from bundle.prepare.registration import PARAMETERS, STAGES, crop_around, measure, measure_motion, register
-from bundle.prepare.report import overlay, page
+from bundle.prepare.report import BEFORE, overlay, page
 from custom_modules.data.body import BodyMaskd, CropAboveShouldersd
 from custom_modules.data.mr import CorrectBiasFieldd, SubtractBackgroundd
 from custom_modules.data.transforms import StandardizeMRd
@@ -122,7 +122,7 @@ def prepare(input: str, output: str, workers: int = 1, **settings: Any) -> None:
     failures = prepare_all(patients, out, how, int(workers))
     rows = summarise(patients, out, limits, failures, split)
     bounds = ", ".join(f"{name.replace('_', ' ')} {bound:g}" for name, bound in asdict(limits).items())
-    write_text(page(rows, bounds), out / "report.html")
+    write_text(page(rows, bounds, out), out / "report.html")
     used = [row for row in rows if row["used"]]
     print(f"{len(used)} of {len(rows)} patients are in {out / 'datalist.json'}; look at {out / 'report.html'}")
     for row in rows:
@@ -224,17 +224,19 @@ def finish(data: dict[Hashable, MetaTensor], settings: Settings) -> dict[Hashabl
         **data,
         "image": data["image"].clamp(0, torch.iinfo(torch.int16).max).round().to(torch.int16),
         "label": data["label"].clamp(low, high).round().to(torch.int16),
+        BEFORE: data[BEFORE].clamp(low, high).round().to(torch.int16),
         "body": (data["body"] > 0.5).to(torch.uint8),
     }
 
 
 def write_pair(data: Mapping[Hashable, MetaTensor], folder: Path, title: str) -> None:
     """Write the volumes and the picture, each whole or not at all."""
-    for key in VOLUMES:
+    moved = not torch.equal(torch.as_tensor(data[BEFORE]), torch.as_tensor(data["label"]))
+    for key in (*VOLUMES, *([BEFORE] if moved else [])):
         write_volume(data[key], folder / f"{key}.nii.gz")
-    columns = {"as scanned": np.asarray(data["before"][0]), "prepared": np.asarray(data["label"][0], dtype=np.float32)}
+    columns = {"as scanned": np.asarray(data[BEFORE][0]), "prepared": np.asarray(data["label"][0])}
     with atomic_write(folder / "overlay.png") as temporary:
-        overlay(np.asarray(data["image"][0], dtype=np.float32), columns, temporary, title)
+        overlay(np.asarray(data["image"][0]), columns, np.asarray(data["image"].affine), temporary, title)
 
 
 # all patients

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import matplotlib
 import numpy as np
@@ -14,11 +12,19 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from bundle.montage import WINDOWS, _planes  # noqa: E402
-from bundle.style import STYLE  # noqa: E402
-from custom_modules.data.hu import BONE_HU, TISSUE_HU
+from bundle.montage import PLANES, WIDTH, WINDOWS, View, _mark, _planes, _view, _write  # noqa: E402
+from bundle.pages.layers import LIMIT_MB, Layer, layers  # noqa: E402
+from bundle.pages.niivue import MISSING, packed_script  # noqa: E402
+from bundle.pages.render import anchor, render  # noqa: E402
+from bundle.report.figures import figure  # noqa: E402
+from bundle.report.tables import Cell, Table  # noqa: E402
+from custom_modules.data.hu import BONE_HU, TISSUE_HU  # noqa: E402
+from custom_modules.data.volumes import read_volume  # noqa: E402
 
-CONTOURS = {TISSUE_HU: "deepskyblue", BONE_HU: "gold"}  # HU: skin and bone
+BEFORE = "before"  # file of the CT as scanned, on the grid of the MR, where registration has moved it
+SHOWN = {"MR": ("image", "MR"), "CT as scanned": (BEFORE, "HU"), "CT prepared": ("label", "HU")}  # in the viewer
+CONTOURS = {TISSUE_HU: "deepskyblue", BONE_HU: "gold"}  # by HU
+NAMES = {TISSUE_HU: "skin", BONE_HU: "bone"}
 COLUMNS = {
     "state": ("", "{}"),
     "stage": ("registration", "{}"),
@@ -35,38 +41,51 @@ COLUMNS = {
 }
 
 
-def overlay(mr: np.ndarray, columns: Mapping[str, np.ndarray], path: str | Path, title: str = "") -> Path:
+def overlay(
+    mr: np.ndarray, columns: Mapping[str, np.ndarray], affine: np.ndarray, path: str | Path, title: str = ""
+) -> Path:
     """Write a PNG: the MR with the outlines of each CT (skin blue, bone yellow), and the last CT itself; one row per
     plane.
 
     Args:
-        mr: (D, H, W) in RAS order on an isotropic grid, as the CTs (HU).
+        mr: (D, H, W) in RAS order, as the CTs (HU).
         columns: CT by title.
+        affine: of all volumes, voxel to RAS mm.
     """
-    last = list(columns.values())[-1]
-    centre = most_bone(last)
-    shape = mr.shape
-    heights = [shape[1], shape[2], shape[2]]
-    width = max(shape[0], shape[1])
+    names, volumes = list(columns), {name: (ct, "HU") for name, ct in columns.items()}
+    view = _view({"MR": (mr, "MR"), **volumes}, affine, most_bone(columns[names[-1]]))
+    scale = WIDTH / max(view.extent(plane)[0] for plane in PLANES)
+    heights = [scale * view.extent(plane)[1] for plane in PLANES]
     figure, axes = plt.subplots(
-        3, len(columns) + 1, figsize=(3.6 * (len(columns) + 1), 3.4 * sum(heights) / width + 0.8), squeeze=False,
-        gridspec_kw={"height_ratios": heights, "hspace": 0.03, "wspace": 0.03, "top": 0.92},
+        len(PLANES), len(names) + 1, figsize=(WIDTH * (len(names) + 1), sum(heights) + 0.6), squeeze=False,
+        facecolor="black", gridspec_kw={"height_ratios": heights, "hspace": 0.02, "wspace": 0.02, "left": 0, "right": 1,
+                                        "bottom": 0, "top": 1 - 0.6 / (sum(heights) + 0.6)},
     )  # fmt: skip
-    high = float(np.percentile(mr, 99.5))
-    for column, (name, ct) in enumerate({**columns, "CT": last}.items()):
-        shown = _planes(last if name == "CT" else mr, centre)
-        for axis, plane, lines in zip(axes[:, column], shown, _planes(ct, centre)):
-            low, top = WINDOWS["HU"] if name == "CT" else (0.0, high)
-            axis.imshow(plane, cmap="gray", vmin=low, vmax=top, interpolation="nearest")
-            for level, colour in CONTOURS.items():
-                if name != "CT" and lines.min() < level < lines.max():
-                    axis.contour(lines, levels=[level], colors=[colour], linewidths=0.7)
-            axis.set_axis_off()
-        axes[0, column].set_title(name, fontsize=9)
-    figure.suptitle(title, fontsize=9, y=0.99)
-    figure.savefig(path, dpi=100, bbox_inches="tight", facecolor="white", format="png")
+    for line, plane in zip(axes, PLANES):
+        for axis, name in zip(line, [*names, ""]):
+            _draw_outlines(axis, view, plane, name or names[-1], on_mr=bool(name))
+        _mark(line[0], view, plane, first=True)
+    for axis, text in zip(axes[0], [*(f"MR, outlines of the CT {name}" for name in names), f"CT {names[-1]}"]):
+        axis.set_title(text, fontsize=9, color="white")
+    figure.suptitle(title, fontsize=9, color="0.75", y=0.995)
+    figure.savefig(path, dpi=100, facecolor="black", format="png")
     plt.close(figure)
     return Path(path)
+
+
+def _draw_outlines(axis: Any, view: View, plane: str, name: str, on_mr: bool) -> None:
+    """Draw a plane of the MR with the outlines of a CT and a legend, or of the CT itself."""
+    mr, lines = (_planes(view.columns[key][0], view.centre)[PLANES.index(plane)] for key in ("MR", name))
+    width, height = view.extent(plane)
+    low, high = (0.0, float(np.percentile(view.columns["MR"][0], 99.5))) if on_mr else WINDOWS["bone"]
+    extent = (0, width, 0, height)
+    axis.imshow(mr if on_mr else lines, cmap="gray", vmin=low, vmax=high, extent=extent, interpolation="nearest")
+    axis.set_axis_off()
+    for number, (level, colour) in enumerate(CONTOURS.items()):
+        if on_mr and lines.min() < level < lines.max():
+            axis.contour(lines[::-1], levels=[level], colors=[colour], linewidths=0.7, extent=extent)
+        if on_mr and plane == PLANES[0]:
+            _write(axis, 0.98, 0.03 + 0.06 * number, f"— {NAMES[level]} ({level:g} HU)", colour, ha="right")
 
 
 def most_bone(ct: np.ndarray) -> tuple[int, int, int]:
@@ -76,37 +95,47 @@ def most_bone(ct: np.ndarray) -> tuple[int, int, int]:
     return tuple(int(c.argmax()) if c.any() else len(c) // 2 for c in counts)  # type: ignore[return-value]
 
 
-def page(rows: Sequence[Mapping[str, Any]], limits: str) -> str:
-    """Return the report as HTML.
+def page(rows: Sequence[Mapping[str, Any]], limits: str, out: Path) -> str:
+    """Return the report as HTML, in one file.
 
     Args:
         rows: for each patient ``patient``, ``state`` (its split, or why it was left out or failed), ``used``, ``notes``
             and the available measures of :data:`COLUMNS`.
         limits: limits of the measures, as text.
+        out: folder of the prepared patients.
     """
-    used = sum(row["used"] for row in rows)
-    table = "".join(f"<th>{escape(title)}</th>" for title, _ in COLUMNS.values())
-    body = "".join(map(_row, rows))
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>Prepared pairs</title><style>{STYLE}</style>\n"
-        f"<h1>Prepared pairs</h1><p>{used} of {len(rows)} patients are in the datalist. Limits: {escape(limits)}.</p>\n"
-        f"<table><tr><th>patient</th>{table}</tr>\n{body}</table>\n{''.join(map(_patient, rows))}</html>\n"
-    )
+    number = sum("dice" in row for row in rows)
+    head = ["patient", *(title for title, _ in COLUMNS.values())]
+    patients = [_patient(row, out / row["patient"], LIMIT_MB / max(number, 1)) for row in rows]
+    return render(
+        "prepare.html", title="Prepared pairs", used=sum(row["used"] for row in rows), limits=limits,
+        table=Table(head, [_row(row) for row in rows]), patients=patients,
+        with_viewer=any(patient["layers"] for patient in patients),
+    )  # fmt: skip
 
 
-def _row(row: Mapping[str, Any]) -> str:
+def _row(row: Mapping[str, Any]) -> list[Cell]:
     """Return one row of the table."""
-    name = row["patient"]
-    cells = [escape(form.format(row[key])) if key in row else "" for key, (_, form) in COLUMNS.items()]
-    link = f"<a href='#{quote(name)}'>{escape(name)}</a>"
-    return f"<tr{'' if row['used'] else ' class=out'}>{''.join(f'<td>{cell}</td>' for cell in [link, *cells])}</tr>\n"
+    cells = [Cell(row["patient"], row["patient"], link=f"#{anchor(row['patient'])}")]
+    for key, (_, form) in COLUMNS.items():
+        value = row.get(key, "")
+        cells.append(Cell(form.format(value) if key in row else "", value, "" if row["used"] else "out"))
+    return cells
 
 
-def _patient(row: Mapping[str, Any]) -> str:
-    """Return heading, notes and picture of one patient."""
-    name = row["patient"]
-    notes = "".join(f"<p>{escape(note)}</p>" for note in row["notes"])
-    source = f"{quote(name)}/overlay.png"
-    picture = f"<img src='{source}' loading=lazy alt='MR and CT before and after'>" if "dice" in row else ""
-    mark = "" if row["used"] else " class=out"
-    return f"<div{mark} id='{quote(name)}'><h2>{escape(name)}</h2><p>{escape(row['state'])}</p>{notes}{picture}</div>\n"
+def _patient(row: Mapping[str, Any], folder: Path, viewer_mb: float) -> dict[str, Any]:
+    """Return what the page shows of one patient: notes, the picture, and MR and CT before and after in the viewer."""
+    shown: list[Layer] = []
+    note = "" if packed_script() else MISSING
+    files = {name: (folder / f"{file}.nii.gz", kind) for name, (file, kind) in SHOWN.items()}
+    if "dice" in row and not note:
+        volumes = {name: (read_volume(path), kind) for name, (path, kind) in files.items() if path.is_file()}
+        affine = np.asarray(volumes["MR"][0].affine)
+        shown, note = layers({n: (np.asarray(v[0]), kind) for n, (v, kind) in volumes.items()}, affine, viewer_mb)
+    picture = folder / "overlay.png"
+    caption = "MR with the outlines of the CT as scanned and prepared (skin blue, bone yellow), and the prepared CT."
+    return {
+        "id": anchor(row["patient"]), "name": row["patient"], "state": row["state"], "notes": row["notes"],
+        "used": row["used"], "layers": shown, "note": note if "dice" in row else "",
+        "figure": figure(picture.read_bytes(), caption) if "dice" in row and picture.is_file() else None,
+    }  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
 
-from custom_modules.data.volumes import read_grid
+from custom_modules.data.volumes import name_of, read_grid
 from custom_modules.errors import InputError
 from custom_modules.memory import GIB, free_memory, needed_memory
 
@@ -18,7 +18,7 @@ class CheckMemoryd(MapTransform):
     """Refuse a volume that cannot fit into main memory by its header, before it is read.
 
     Args:
-        keys: paths of volumes.
+        keys: paths of volumes, or volumes in memory.
         spacing: of the networks' grid, mm.
         limit: GiB that the process may hold; what the machine has free when None, or when the limit is that of another
             ``device``.
@@ -45,7 +45,7 @@ class CheckMemoryd(MapTransform):
             if need > free:
                 size, steps = (" x ".join(f"{value:g}" for value in values) for values in (shape, spacing))
                 raise InputError(
-                    f"{data[key]}: {size} voxels of {steps} mm need about {need / GIB:.1f} GiB of memory, "
+                    f"{name_of(data[key])}: {size} voxels of {steps} mm need about {need / GIB:.1f} GiB of memory, "
                     f"{max(free, 0) / GIB:.1f} GiB may be taken; crop or resample it, free memory, or raise "
                     "--memory_limit"
                 )

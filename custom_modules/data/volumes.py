@@ -67,15 +67,36 @@ def read_volume(path: str | Path) -> MetaTensor:
     except Exception as error:  # readers raise errors of any type
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise InputError(f"{path}: cannot be read, damaged or not what its name says ({reason[:160]})") from error
+    return volume_from(array, affine, meta, spacing)
+
+
+def volume_from(
+    array: np.ndarray, affine: np.ndarray, meta: Mapping[str, Any], header: np.ndarray | None = None
+) -> MetaTensor:
+    """Return an array (D, H, W) with its affine (RAS mm) as :func:`read_volume` returns a file.
+
+    Args:
+        meta: has the name for messages as ``filename_or_obj``.
+        header: spacing by the header, mm, which is checked too.
+
+    Raises:
+        InputError: for data that are not one valid 3D volume, see :func:`read_volume`.
+    """
+    name = meta["filename_or_obj"]
     if array.dtype.names or np.iscomplexobj(array):
-        raise InputError(f"{path}: holds colours or complex numbers; give one number per voxel")
+        raise InputError(f"{name}: holds colours or complex numbers; give one number per voxel")
     if array.ndim == 4 and array.shape[-1] == 1:
         array = array[..., 0]
     with np.errstate(all="ignore"):  # values beyond float32 become infinite, which is an error below
         tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
-    check_volume(tensor, affine, str(path), spacing)
+    check_volume(tensor, affine, name, header)
     # with a channel, because a MetaTensor made without one takes (D, H, W) for a 2D image with channels
-    return MetaTensor(tensor[None], affine=torch.from_numpy(affine), meta=meta)
+    return MetaTensor(tensor[None], affine=torch.from_numpy(affine), meta=dict(meta))
+
+
+def name_of(image: str | Path | MetaTensor) -> str:
+    """Return the path of a volume, also of one that has been read."""
+    return str(image.meta["filename_or_obj"] if isinstance(image, MetaTensor) else image)
 
 
 def _check_file(path: str | Path) -> None:
@@ -133,10 +154,12 @@ def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray, None]:
     return array, np.asarray(meta["affine"], dtype=np.float64), None
 
 
-def read_grid(path: str | Path) -> tuple[tuple[int, ...], tuple[float, ...]] | None:
+def read_grid(path: str | Path | MetaTensor) -> tuple[tuple[int, ...], tuple[float, ...]] | None:
     """Return the shape and spacing (mm) of a volume by its header only, or None if they are not usable."""
     shape: Sequence[int]
     spacing: Sequence[float]
+    if isinstance(path, MetaTensor):  # checked when it was made
+        return tuple(path.shape[1:]), tuple(map(float, path.pixdim))
     try:
         _check_file(path)
         if is_series(path):
@@ -177,7 +200,8 @@ def check_volume(volume: torch.Tensor, affine: np.ndarray, name: str, header: np
 
 
 class ReadVolumed(MapTransform):
-    """Dictionary form of :func:`read_volume`; stores the grid of the input for :class:`RestoreGridd`.
+    """Dictionary form of :func:`read_volume`, which leaves volumes in memory as they are; stores the grid of the input
+    for :class:`RestoreGridd`.
 
     Args:
         allow_ct: accept a CT, or another modality than MR in the DICOM header, as ``image``.
@@ -190,7 +214,7 @@ class ReadVolumed(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         data = dict(data)
         for key in self.key_iterator(data):
-            volume = read_volume(data[key])
+            volume = data[key].clone() if isinstance(data[key], MetaTensor) else read_volume(data[key])
             if key == "image" and not self.allow_ct:
                 check_mr(volume)
             volume.meta["source_affine"] = volume.affine.clone()

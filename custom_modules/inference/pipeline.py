@@ -18,13 +18,15 @@ from monai.data import Dataset, list_data_collate
 from monai.engines import SupervisedEvaluator
 from tqdm import tqdm
 
+from custom_modules.data.volumes import name_of
 from custom_modules.errors import one_line, stop
 
 logger = logging.getLogger(__name__)
 
 
 class VolumeDataset(Dataset):
-    """Dataset that returns an item that fails as ``{"image": path, "failure": message}``, so that the others go ahead.
+    """Dataset that returns an item that fails as ``{"image": path, "failure": message, "error": exception}``, so that
+    the others go ahead.
 
     Args:
         data: all volumes, see :func:`~custom_modules.data.inputs.find_volumes`.
@@ -48,7 +50,8 @@ class VolumeDataset(Dataset):
         try:
             return super().__getitem__(index)
         except Exception as error:
-            return {"image": item["image"], "failure": one_line(error, item["image"])}
+            name = name_of(item["image"])
+            return {"image": name, "failure": one_line(error, name), "error": error}
 
 
 def collate(items: Sequence[dict[Hashable, Any]]) -> Any:
@@ -80,6 +83,7 @@ class SynthesisEvaluator(SupervisedEvaluator):
         super().__init__(*args, **kwargs)
         self.finish, self.guard, self.sidecar = postprocessing, guard, sidecar
         self.failures: list[str] = []
+        self.errors: list[Exception] = []  # of the failures
         self.started = time.perf_counter()
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="writing")
         self.pending: Future | None = None
@@ -101,7 +105,7 @@ class SynthesisEvaluator(SupervisedEvaluator):
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict:
         if "failure" in batchdata:
-            return self._fail(batchdata["failure"])
+            return self._fail(batchdata["failure"], batchdata["error"])
         name = batchdata["image"].meta["filename_or_obj"]
         name = name if isinstance(name, str) else name[0]
         self.bar.set_postfix_str(Path(name).name)
@@ -109,7 +113,7 @@ class SynthesisEvaluator(SupervisedEvaluator):
             findings = self.guard(batchdata, engine.network) if self.guard else None
             output = super()._iteration(engine, batchdata)
         except Exception as error:
-            return self._fail(one_line(error, name))
+            return self._fail(one_line(error, name), error)
         self._wait()  # at most one volume waits to be written
         item = {**engine.state.batch[0], "pred": output[0]["pred"]}  # as MONAI has decollated them
         self.pending = self.pool.submit(self._write, name, item, findings, self.started)
@@ -122,15 +126,16 @@ class SynthesisEvaluator(SupervisedEvaluator):
             if self.sidecar:
                 self.sidecar(name, item["output"], findings, time.perf_counter() - started)
         except Exception as error:
-            self._fail(one_line(error, name))
+            self._fail(one_line(error, name), error)
 
     def _wait(self) -> None:
         if self.pending:
             self.pending.result()
             self.pending = None
 
-    def _fail(self, failure: str) -> dict:
+    def _fail(self, failure: str, error: Exception) -> dict:
         self.failures.append(failure)
+        self.errors.append(error)
         logger.error(failure)
         return {}
 

@@ -1,0 +1,1 @@
+"""The HTML pages: templates, one stylesheet, and the viewer of volumes."""

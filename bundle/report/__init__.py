@@ -1,0 +1,1 @@
+"""``python -m bundle report OUT``: synthetic CTs and their scores in one HTML file."""
