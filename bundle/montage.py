@@ -72,7 +72,7 @@ def montage(
             colours = COLOURS.get(kind, "gray")
             axis.imshow(plane, cmap=colours, vmin=low, vmax=high, aspect=aspects[row], interpolation="nearest")
             axis.set_axis_off()
-        unit = "" if kind == "MR" else f"\n{low:g} to {high:g} {UNITS.get(kind, 'HU')}"
+        unit = "" if kind == "MR" else f"\n{low:g} to {float(f'{high:.3g}'):g} {UNITS.get(kind, 'HU')}"
         axes[0, column].set_title(f"{name}{unit}", fontsize=9)
     if title:
         figure.suptitle(title, fontsize=9, y=0.99)
