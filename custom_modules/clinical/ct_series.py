@@ -31,9 +31,9 @@ from custom_modules.clinical.study import (
     content_uid,
     new_instance,
     new_study,
+    save_instance,
     study_of,
 )
-from custom_modules.clinical.study import save as save_instance
 from custom_modules.config_check import result_settings
 from custom_modules.data.dicom import is_series, series_at
 from custom_modules.data.grid import GRID_TOLERANCE

@@ -15,7 +15,7 @@ from skimage.draw import polygon2mask
 from skimage.measure import approximate_polygon, find_contours, points_in_poly
 
 from custom_modules.clinical.ct_series import CTSeries, Plane
-from custom_modules.clinical.study import MARK, content_uid, new_instance, save
+from custom_modules.clinical.study import MARK, content_uid, new_instance, save_instance
 from custom_modules.data.body import ct_tissue_mask
 from custom_modules.data.hu import BONE_HU, TISSUE_HU
 from custom_modules.errors import InputError
@@ -130,7 +130,7 @@ def write_structure_set(series: CTSeries, names: Sequence[str], path: str | Path
     voxel_ml = float(spacing[0] * spacing[1] * series.gap) / 1000
     masks = structure_masks(series.stack, voxel_ml, names)
     with atomic_write(path) as temporary:
-        save(structure_set(series, masks), temporary)
+        save_instance(structure_set(series, masks), temporary)
     return {name: float(mask.sum()) * voxel_ml for name, mask in masks.items()}
 
 

@@ -109,7 +109,7 @@ def study_of(series: DicomSeries) -> Study:
     headers = {path: pydicom.dcmread(path, stop_before_pixels=True, force=True) for path in {s.path for s in slices}}
     first = headers[slices[0].path]
     if not first.get("StudyInstanceUID"):
-        raise InputError(f"{slices[0].path}: has no Study Instance UID to put the synthetic CT under; export it again")
+        raise InputError(f"{slices[0].path}: has no Study Instance UID; export it again, or take NIfTI")
     common = _copied(first, CARRIED + FRAME)
     for name in (*TYPE_2, "PositionReferenceIndicator"):
         common.setdefault(name, "")
@@ -182,7 +182,7 @@ def code(value: str, meaning: str, scheme: str = "DCM") -> Dataset:
     return item
 
 
-def save(item: Dataset, path: Path) -> None:
+def save_instance(item: Dataset, path: Path) -> None:
     """Write a data set with its preamble."""
     if int(pydicom.__version__.split(".")[0]) < 3:  # the label server's
         item.is_little_endian, item.is_implicit_VR = True, False
