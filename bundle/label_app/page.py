@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
+from monailabel.interfaces.app import MONAILabelApp
 from monailabel.utils.others.generic import remove_file
 from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
@@ -23,9 +24,6 @@ from bundle.pages.niivue import MISSING, packed_script
 from bundle.pages.render import render
 from custom_modules import bundle_version
 from custom_modules.data.volumes import read_volume, write_volume
-
-if TYPE_CHECKING:
-    from bundle.label_app.main import SyntheticCTApp
 
 LIMIT = 1_500_000_000  # bytes of a request; a whole body at 1 mm has a third of that
 MR = "mr.nii.gz"
@@ -48,7 +46,7 @@ class LimitUpload:
             await self.app(scope, receive, send)
 
 
-def add_pages(server: FastAPI, app: SyntheticCTApp) -> None:
+def add_pages(server: FastAPI, app: MONAILabelApp) -> None:
     """Add the pages to MONAI Label's server, in place of those that need the internet, and the limit on requests."""
     server.user_middleware.append(Middleware(LimitUpload))
 
@@ -72,7 +70,7 @@ def add_pages(server: FastAPI, app: SyntheticCTApp) -> None:
     server.add_api_route("/volume", volume, summary="MR, or SD of a session, as NIfTI", tags=["Infer"])
 
 
-def _index(app: SyntheticCTApp) -> str:
+def _index(app: MONAILabelApp) -> str:
     options = app._infers["synthetic_ct"].config()
     return render(
         "server.html", title="Synthetic CT from MR", version=bundle_version(), limit=LIMIT, connect="'self' data:",
@@ -80,7 +78,7 @@ def _index(app: SyntheticCTApp) -> str:
     )  # fmt: skip
 
 
-def file_for(app: SyntheticCTApp, session_id: str, image: str, what: str) -> Path:
+def file_for(app: MONAILabelApp, session_id: str, image: str, what: str) -> Path:
     """Return a file of a session, or the MR ``image`` of the studies folder, as NIfTI.
 
     Raises:
