@@ -412,6 +412,7 @@ def test_a_drop_on_the_page_ends_in_what_monai_bundle_run_writes(server, by_bund
     download.value.save_as(tmp_path / "sct.nii.gz")
     assert download.value.suggested_filename == "mr_sct.nii.gz"
     assert_same(tmp_path / "sct.nii.gz", by_bundle / "mr_sct.nii.gz")
+    page.locator("#result-viewer canvas").press("ArrowDown")  # from between two voxels to the middle of one
     found = page.evaluate("viewer.values()")
     assert page.evaluate("viewer.layers.map((layer) => layer.name)") == ["MR", "synthetic CT", "SD"]
     for value, path in zip(found["values"], (mr, by_bundle / "mr_sct.nii.gz", by_bundle / "mr_sct_sd.nii.gz")):
