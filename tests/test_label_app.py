@@ -418,16 +418,13 @@ def test_a_drop_on_the_page_ends_in_what_monai_bundle_run_writes(server, by_bund
     download.value.save_as(tmp_path / "sct.nii.gz")
     assert download.value.suggested_filename == "mr_sct.nii.gz"
     assert_same(tmp_path / "sct.nii.gz", by_bundle / "mr_sct.nii.gz")
-<<<<<<< HEAD
     with page.expect_download(timeout=180_000) as download:
         page.get_by_role("button", name="DICOM").click()
     download.value.save_as(tmp_path / "sct.zip")
     assert download.value.suggested_filename == "mr_sct_dicom.zip"
     series, nifti = (read_volume(path) for path in (unpack(tmp_path / "sct.zip").parent, by_bundle / "mr_sct.nii.gz"))
     assert np.sort(np.ravel(series)).tolist() == np.sort(np.ravel(nifti)).tolist()  # in the order of DICOM's axes
-=======
     page.locator("#result-viewer canvas").press("ArrowDown")  # from between two voxels to the middle of one
->>>>>>> ca271b383c575a4f51065baee48523e96d326ad0
     found = page.evaluate("viewer.values()")
     assert page.evaluate("viewer.layers.map((layer) => layer.name)") == ["MR", "synthetic CT", "SD"]
     for value, path in zip(found["values"], (mr, by_bundle / "mr_sct.nii.gz", by_bundle / "mr_sct_sd.nii.gz")):
