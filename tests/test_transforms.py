@@ -344,7 +344,7 @@ def test_a_standardised_mr_is_left_alone(percentile):
 @pytest.mark.parametrize("scale", [1e-3, 0.3, 2.0, 1e3])
 def test_any_other_mr_is_scaled_to_the_reference(scale, caplog):
     mr = noisy(trunk()) * scale
-    with caplog.at_level(logging.INFO, "custom_modules.data.transforms"):
+    with caplog.at_level(logging.INFO, "custom_modules.data.mr"):
         result = StandardizeMRd("image")({"image": tensor(mr)})["image"][0]
     assert np.percentile(result, 99) == pytest.approx(1050, rel=1e-4)
     np.testing.assert_allclose(result, mr * (1050 / np.percentile(mr, 99)), rtol=1e-5)
