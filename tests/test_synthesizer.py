@@ -143,7 +143,9 @@ def test_decode_takes_the_latent_scale_back(modality):
 
 @torch.no_grad()
 def test_decoded_images_stay_in_range():
-    image = tiny().decode(1000 * torch.randn(1, 4, 4, 4, 4))
+    network = tiny()
+    network.autoencoder.decoder[-1].weight *= 100
+    image = network.decode(torch.randn(1, 4, 4, 4, 4))
     assert (image.min(), image.max()) == (-1, 1)
 
 
