@@ -324,7 +324,7 @@ REFUSED = {
     "another HU window": ("POST", INFER, {"hu_window": [-800, 800]}, 400, "trained with hu_window"),
     "unlike the training MRs, strictly": ("POST", INFER, {"strict": True}, 400, "not like the training MRs"),
     "another extension": ("POST", INFER, {"result_extension": ".exe"}, 400, "result_extension must be one of"),
-    "a synthetic CT to learn from": ("POST", INFER, {"save_label": True, "label_tag": "final"}, 400, "learn from"),
+    "a synthetic CT to learn from": ("POST", INFER, {"save_label": True, "label_tag": "final"}, 400, "CTs to train on"),
     "a label tag upwards": ("POST", INFER, {"save_label": True, "label_tag": "../../x"}, 400, "cannot be a name"),
     "options that are no JSON": ("POST", INFER, "{", 400, "not JSON"),
     "training an unknown model": ("POST", "/train/other", None, 404, "no model 'other'"),

@@ -115,7 +115,7 @@ def check_data_shape() -> str:
 
 def settings_of(name: str, scratch: Path) -> dict[str, Any]:
     """Return the settings of a stage, including the weights that it starts from."""
-    own = STAGES.get(name, {})
+    own = STAGES.get(name, STAGES["train"] if name.startswith("train+") else {})
     return {key: str(scratch / value) if str(value).endswith(".pt") else value for key, value in own.items()}
 
 
