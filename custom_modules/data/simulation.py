@@ -38,14 +38,14 @@ class Relaxation(NamedTuple):
 # Rooney et al. 2007 (MRM 57:308); densities: water content by Woodard and White 1986 (BJR 59:1209)
 TISSUES = {
     "fat": Relaxation((343, 382), (58, 68), 0.90),
-    "marrow": Relaxation((1000, 1200), (45, 45), 0.70),  # its water; marrow as a whole, 549 and 586, has fat in it
+    "marrow": Relaxation((1000, 1200), (45, 45), 0.70),  # its water, assumed; with its fat T1 is 549 and 586
     "muscle": Relaxation((856, 898), (27, 29), 0.79),
     "liver": Relaxation((586, 809), (46, 34), 0.71),
     "spleen": Relaxation((1057, 1328), (79, 61), 0.79),
     "kidney": Relaxation((966, 1142), (87, 76), 0.81),
     "pancreas": Relaxation((584, 725), (46, 43), 0.71),
     "blood": Relaxation((1441, 1932), (290, 275), 0.83),
-    "brain": Relaxation((1000, 1450), (84, 84), 0.78),
+    "brain": Relaxation((1004, 1452), (84, 82), 0.78),  # mean of white and grey matter
     "fluid": Relaxation((4000, 4000), (1500, 1500), 1.00),
 }
 ORGANS = {"liver": 0.2, "spleen": 0.1, "kidney": 0.15, "pancreas": 0.2, "blood": 0.2, "brain": 0.1, "fluid": 0.05}
