@@ -103,7 +103,7 @@ def check_settings(parser: ConfigParser, given: Sequence[str] = ()) -> bool:
         InputError: for a setting or a value that is not allowed.
     """
     content, converted = parser.get(), False
-    used = set(references(content))
+    used = {*references(content), "quiet", "verbose"}  # check() reads these two itself
     for name in given:
         if name not in content or (name not in used and name not in STRUCTURE):
             raise InputError(f"no setting '{name}' in this config{suggestion(name, used & set(SETTINGS))}")

@@ -138,6 +138,13 @@ def test_values_are_converted_in_place():
     assert parser["spacing"] == [2.0, 2.0, 2.0] and parser["memory_limit"] is None
 
 
+@pytest.mark.parametrize("name", ["quiet", "verbose"])
+@pytest.mark.parametrize("config", ["inference", "train", "evaluate"])
+def test_how_much_is_printed_can_be_set_in_every_config(config, name):
+    parser = ConfigParser(ConfigParser.load_config_file(str(ROOT / "configs" / f"{config}.yaml")))
+    check_settings(parser, [name])
+
+
 def test_the_command_line_of_monai_is_read_and_others_are_not():
     arguments = [
         "/x/monai/bundle/__main__.py",
