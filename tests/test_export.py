@@ -92,7 +92,7 @@ def test_encoder_and_decoder_take_any_batch_and_size(exported, programs, network
     image = torch.rand(batch, 1, *size) * 2 - 1
     latent = network.encode(image, "MR")
     torch.testing.assert_close(run(exported, "encoder", image), latent, atol=TOLERANCE, rtol=0)
-    ct = network.decode(latent, mr=image)
+    ct = network.decode(latent, detail=network.detail(image))
     assert not torch.allclose(ct, network.decode(latent))
     torch.testing.assert_close(run(exported, "decoder", latent, image), ct, atol=TOLERANCE, rtol=0)
     for part, inputs, expected in (("encoder", (image,), latent), ("decoder", (latent, image), ct)):

@@ -48,7 +48,10 @@ class Mirror(nn.Module):
         blocks = image.reshape(-1, d, FACTOR, h, FACTOR, w, FACTOR)
         return blocks.permute(0, 2, 4, 6, 1, 3, 5).flatten(1, 3).clone()
 
-    def decode(self, latent, mr):
+    def detail(self, mr):
+        return None
+
+    def decode(self, latent, detail):
         blocks = latent.unflatten(1, (FACTOR, FACTOR, FACTOR)).permute(0, 4, 1, 5, 2, 6, 3)
         return blocks.flatten(5, 6).flatten(3, 4).flatten(1, 2)[:, None].clone()
 
@@ -400,3 +403,13 @@ def test_compiled_networks_give_the_same():
     expected = inferer(num_inference_steps=2)(mr, network)
     network.compile()
     torch.testing.assert_close(inferer(num_inference_steps=2)(mr, network), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", MODES)
+def test_the_mr_passes_its_skip_connection_once_for_all_samples(kind):
+    network, calls = tiny().eval(), []
+    network.mr_skip.register_forward_hook(lambda *_: calls.append(1))
+    inferer = WholeVolumeInferer if kind == "whole" else WindowInferer
+    settings = {} if kind == "whole" else {"window_size": [32, 32, 32]}
+    inferer(num_samples=3, margin=0, progress=False, **settings)(volume(32, 32, 32), network)
+    assert calls == [1]

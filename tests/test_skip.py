@@ -24,7 +24,7 @@ def test_an_untrained_skip_adds_nothing_and_is_trained():
     network = tiny_network()
     torch.nn.init.zeros_(network.mr_skip.layers[-1].weight)
     latent, mr = torch.randn(1, 4, 4, 4, 4), torch.randn(1, 1, 16, 16, 16)
-    image = network.decode(latent, mr=mr)
+    image = network.decode(latent, detail=network.detail(mr))
     torch.testing.assert_close(image, network.decode(latent), atol=0, rtol=0)
     image.square().mean().backward()
     assert network.mr_skip.layers[-1].weight.grad.abs().max() > 0
@@ -37,7 +37,9 @@ def test_the_skip_changes_a_voxel_by_its_neighbourhood_only():
     changed = mr.clone()
     changed[0, 0, 48, 48, 48] = 1
     with torch.no_grad():
-        difference = (network.decode(latent, mr=mr) - network.decode(latent, mr=changed)).abs()[0, 0]
+        difference = (
+            network.decode(latent, detail=network.detail(mr)) - network.decode(latent, detail=network.detail(changed))
+        ).abs()[0, 0]
     far = difference.clone()
     far[16:80, 16:80, 16:80] = 0
     assert difference[48, 48, 48] > 0 and far.max() == 0

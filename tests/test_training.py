@@ -148,7 +148,7 @@ def test_the_estimate_of_a_perfect_denoiser_is_the_image_itself():
     timesteps, mr = torch.tensor([999, 10]), torch.randn(2, 1, 32, 32, 32)
     network.denoiser.forward = lambda x, t: network.schedule.target(clean, noise, t)
     output, image = OneStepEstimate(network)(clean, noise, timesteps, condition, mr)
-    torch.testing.assert_close(image, network.decode(clean, mr=mr), atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(image, network.decode(clean, detail=network.detail(mr)), atol=2e-3, rtol=1e-3)
 
 
 def test_without_the_image_in_the_loss_the_autoencoder_stays_frozen():

@@ -50,7 +50,7 @@ class Decoder(nn.Module):
         del self.network.denoiser, self.network.autoencoder.encoder
 
     def forward(self, latent: Tensor, mr: Tensor | None = None) -> Tensor:
-        return self.network.decode(latent, "CT", mr)
+        return self.network.decode(latent, "CT", None if mr is None else self.network.detail(mr))
 
 
 class Denoiser(nn.Module):

@@ -221,14 +221,14 @@ class WholeVolumeInferer(LatentSampler):
             with self._bar(len(parts) * len(z), "decoding", "tile") as bar:
                 for wide, box, inner in parts:
                     part = mr[(..., *scale_box(wide, f))].to(z.device)
-                    samples = self._decoded(z[(..., *wide)], part, scale_box(inner, f), network, bar)
+                    samples = self._decoded(z[(..., *wide)], network.detail(part), scale_box(inner, f), network, bar)
                     ct[(..., *scale_box(box, f))] = self._summary(samples).to(ct)
             return ct
 
         return halve_when_out_of_memory(decode, self._tile_voxels(z.device, TILE_BYTES), LEAST_TILE, "voxels")
 
     @staticmethod
-    def _decoded(z: Tensor, mr: Tensor, inner: Box, network: Synthesizer, bar: tqdm) -> Iterator[Tensor]:
+    def _decoded(z: Tensor, detail: Tensor | None, inner: Box, network: Synthesizer, bar: tqdm) -> Iterator[Tensor]:
         for sample in z.split(1):
-            yield network.decode(sample, mr=mr)[(..., *inner)]
+            yield network.decode(sample, detail=detail)[(..., *inner)]
             bar.update()

@@ -70,6 +70,7 @@ class WindowInferer(LatentSampler):
         with self._autocast(z_mr.device):
             condition = network.condition(z_mr.repeat(len(generators), 1, 1, 1, 1))
             z = network.schedule.sample(lambda z, t: network.predict(z, t, condition), noise, self.num_inference_steps)
-        samples = (network.decode(sample, mr=image[inside]) for sample in z.chunk(len(generators)))
+        detail = network.detail(image[inside])
+        samples = (network.decode(sample, detail=detail) for sample in z.chunk(len(generators)))
         ct[inside] = self._summary(samples).to(ct.dtype)
         return ct

@@ -82,11 +82,14 @@ class Synthesizer(nn.Module):
         """Return the normalised mean of an image's posterior (N, c, D/f, H/f, W/f)."""
         return self.normalize(self.autoencoder.encode(image)[0], modality)
 
-    def decode(self, latent: Tensor, modality: str = "CT", mr: Tensor | None = None) -> Tensor:
-        """Return the image of a normalised latent, clipped to [-1, 1]; with the ``mr`` that a CT is synthesised from it
-        passes the skip connection to the decoder, without it (a reconstruction) the latent is all there is."""
+    def detail(self, mr: Tensor) -> Tensor | None:
+        """Return what an MR gives the decoder beside the latent, equal for all samples; None without ``mr_skip``."""
+        return None if self.mr_skip is None else self.mr_skip(mr)
+
+    def decode(self, latent: Tensor, modality: str = "CT", detail: Tensor | None = None) -> Tensor:
+        """Return the image of a normalised latent, clipped to [-1, 1]: a synthetic CT with the :meth:`detail` of its
+        MR, a reconstruction from the latent alone."""
         mean, std = self._scale(modality)
-        detail = None if mr is None or self.mr_skip is None else self.mr_skip(mr)
         return self.autoencoder.decode(latent * std + mean, detail).clamp(-1, 1)
 
     def to_hu(self, ct: Tensor) -> Tensor:
@@ -129,4 +132,4 @@ class Synthesizer(nn.Module):
         z = torch.zeros_like(z_mr) if noise is None else noise
         condition = self.condition(z_mr)
         z = self.schedule.sample(lambda z, t: self.predict(z, t, condition), z, self.num_inference_steps)
-        return self.decode(z, mr=mr)
+        return self.decode(z, detail=self.detail(mr))

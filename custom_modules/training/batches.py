@@ -138,4 +138,4 @@ class OneStepEstimate(nn.Module):
         if not self.decodes:
             return output, None
         estimates = [schedule.step(o, int(t), -1, z) for o, t, z in zip(output, timesteps, noisy)]
-        return output, self.network.decode(torch.stack(estimates), mr=mr)
+        return output, self.network.decode(torch.stack(estimates), detail=self.network.detail(mr))
