@@ -18,7 +18,7 @@ from custom_modules.data.hu import check_hu
 from custom_modules.data.inputs import find_volumes
 from custom_modules.data.sampler import seed_of
 from custom_modules.data.simulation import CTBodyd, CTRegionsd, SimulateMR
-from custom_modules.data.volumes import ReadVolumed, write_volume
+from custom_modules.data.volumes import ReadVolumed, sibling_path, write_volume
 from custom_modules.errors import InputError
 from custom_modules.files import writable_or_stop, write_json
 
@@ -67,7 +67,7 @@ def simulate(
         check_hu(np.asarray(source["label"][0]), str(volume["image"]))
         data = read(source)
         values, regions = np.asarray(data["label"][0]), np.asarray(data["regions"][0])
-        patient = volume["output"].removesuffix("_sct.nii.gz")
+        patient = str(sibling_path(volume["output"], "", "")).removesuffix("_sct")
         for contrast in names:
             simulator.set_random_state(seed_of(seed, number, list(simulator.contrasts).index(contrast)))
             mr = simulator(values, regions, [spacing] * 3, contrast)

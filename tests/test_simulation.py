@@ -209,7 +209,7 @@ def test_couch_and_clothes_are_no_body():
 
 def test_patients_without_mr_are_drawn_with_their_share():
     class Data:
-        sizes, groups = [100] * 20 + [10_000] * 4, [False] * 20 + [True] * 4
+        sizes, unpaired = [100] * 20 + [10_000] * 4, [False] * 20 + [True] * 4
 
     sampler = DistinctPatientSampler(Data(), batch_size=2, batches=3000, unpaired_share=0.3)
     drawn = [index for batch in sampler for index, _ in batch]
@@ -265,8 +265,8 @@ def test_pairs_and_cts_without_mr_train_together(tmp_path):
         "train+whole_body", **settings, augmented_copies=2, output_dir=str(tmp_path / "ldm"),
         autoencoder_checkpoint=str(tmp_path / "ae/autoencoder.pt"),
     )  # fmt: skip
-    latents = workflow.parser.get_parsed_content("train#latents")
-    assert latents.groups == [True, False, True] and (tmp_path / "ldm/model.pt").is_file()
+    dataset = workflow.parser.get_parsed_content("train#dataset")
+    assert dataset.unpaired == [True, False, True] and (tmp_path / "ldm/model.pt").is_file()
     assert len(workflow.parser.get_parsed_content("validate#dataset")) == 2
 
 

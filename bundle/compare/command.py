@@ -15,6 +15,7 @@ from monai.bundle import ConfigWorkflow
 
 from bundle.compare.report import SCORES, write_report
 from bundle.montage import montage
+from bundle.train import STEP_SECONDS
 from bundle.workflow import ROOT, inference_workflow
 from custom_modules.data.pairs import check_pairs_or_stop, load_pairs
 from custom_modules.data.volumes import read_volume
@@ -24,7 +25,6 @@ from custom_modules.files import writable_or_stop, write_json
 from custom_modules.training.record import commit, hardware
 
 SPLITS = ("training", "validation", "test")
-STEP_SECONDS = 1.0  # a stage with less time than this must be a mistake
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from custom_modules.errors import InputError
 from custom_modules.settings import Setting
 
 KEEP = Setting("bool", "keep the synthetic CT in the studies folder")
-DICOM = Setting("bool", "answer with a DICOM CT series in a .zip")
+DICOM = Setting("bool", "return a DICOM CT series in a .zip")
 ARCHIVE = ".zip"
 UNCERTAINTY = "uncertainty"  # label tag of the samples' standard deviation
 SD, MADE = "sd.nii.gz", "made"  # the same in the folder of a session, and where in it

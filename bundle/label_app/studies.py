@@ -133,7 +133,7 @@ def unpack(archive: Path, folder: Path) -> None:
                     continue
                 with content.open(member) as source, (folder / f"{number}_{name}").open("xb") as target:
                     shutil.copyfileobj(source, target)
-    except (zipfile.BadZipFile, RuntimeError, OSError, NotImplementedError, zlib.error) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
         raise InputError(f"the archive cannot be unpacked ({error}); send a zip without a password") from error
 
 

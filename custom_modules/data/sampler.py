@@ -42,10 +42,9 @@ class SeededDataset(Dataset):
         )
 
     @property
-    def groups(self) -> list[bool]:
+    def unpaired(self) -> list[bool]:
         """Of each item whether there is no MR, so that it is simulated."""
-        data = self.dataset.data if not hasattr(self.dataset, "groups") else None
-        return self.dataset.groups if data is None else ["image" not in entry for entry in data]
+        return ["image" not in entry for entry in self.dataset.data]
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         index, seed = key
@@ -101,7 +100,7 @@ class DistinctPatientSampler(Sampler[list[tuple[int, int]]]):
     def _weights(self) -> torch.Tensor:
         """How often each patient is drawn."""
         weights = torch.tensor(self.dataset.sizes, dtype=torch.float64).sqrt()
-        unpaired = torch.tensor(getattr(self.dataset, "groups", [False] * len(weights)))
+        unpaired = torch.tensor(getattr(self.dataset, "unpaired", [False] * len(weights)))
         if unpaired.any() and not unpaired.all():
             for group, share in ((unpaired, self.unpaired_share), (~unpaired, 1 - self.unpaired_share)):
                 weights[group] *= share / weights[group].sum()

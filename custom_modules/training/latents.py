@@ -75,11 +75,6 @@ class LatentDataset(Randomizable, Dataset):
         """Latent voxels of each patient."""
         return [copies[0]["image"][0].numel() for copies in self.latents]
 
-    @property
-    def groups(self) -> list[bool]:
-        """Of each patient whether there is no MR, so that it is simulated."""
-        return ["image" not in entry for entry in self.data]
-
     @torch.no_grad()
     def _encode(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         network, device = self.network, self.network.latent_mean.device
