@@ -102,6 +102,8 @@ def test_a_system_trains_and_is_scored_by_one_command(name, data, tiny, tmp_path
     assert {row["system"] for row in rows} == set(comparison.SYSTEMS)  # no row left out
     page = (tmp_path / "results.md").read_text()
     assert page.count("not run") == len(comparison.SYSTEMS) - 1 and "results/figure.png" in page
+    assert record["stages"][-1]["curve"][-1][1:] == [2, pytest.approx(record["stages"][-1]["val_mae"], abs=0.01)]
+    assert "results/curves.png" in page and (tmp_path / "results/curves.png").stat().st_size > 5000
 
 
 def test_a_scored_system_is_not_trained_again_and_another_failing_keeps_its_row(data, tiny, tmp_path, monkeypatch):
@@ -242,6 +244,7 @@ def test_a_training_ends_with_its_time_and_validates_at_even_shares(tmp_path):
     assert engine.state.iteration == 60 and len(ran) == 4
     used = json.loads((tmp_path / "budget.json").read_text())
     assert used["steps"] == 60 and used["minutes"] == pytest.approx(1) and used["val_mae"] == 1.0
+    assert used["curve"] == [[0.25, 15, 3.0], [0.5, 30, 1.0], [0.75, 45, 2.0], [1.0, 60, 2.0]]
 
 
 def test_the_time_before_a_resumption_counts_and_that_in_between_does_not(tmp_path):
@@ -249,11 +252,13 @@ def test_the_time_before_a_resumption_counts_and_that_in_between_does_not(tmp_pa
     handler, _ = budget(tmp_path, [1.0], clock, minutes=1)
     handler.start(None)
     clock.now = 40.0
+    handler.curve.append((0.5, 30, 4.0))
     saved = handler.state_dict()
     clock.now = 9000.0
     again, ran = budget(tmp_path, [1.0], clock, minutes=1)
     again.load_state_dict(saved)
     assert train_by(again, clock, seconds=1.0).state.iteration == 20
+    assert json.loads((tmp_path / "budget.json").read_text())["curve"][0] == [0.5, 30, 4.0]
 
 
 def test_patience_ends_a_training_before_its_time(tmp_path):

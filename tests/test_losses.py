@@ -117,6 +117,17 @@ def test_losses_count_only_valid_voxels():
     assert EstimateLoss(1.0, 0.1)((prediction, image), (clean, valid, ct)) == pytest.approx(0.5 + 0.1 * 1.0)
 
 
+def test_bone_counts_as_often_as_its_weight_says():
+    hu = torch.tensor([-900.0, 249.0, 251.0, 1200.0]).view(1, 1, 1, 1, 4)
+    ct = 2 * (hu + 1000) / 2600 - 1
+    image, valid = ct + torch.tensor([0.1, 0.2, 0.4, 0.8]), torch.ones_like(ct, dtype=torch.bool)
+    assert ValidL1Loss(3.0)(image, (ct, valid)) == pytest.approx((0.1 + 0.2 + 3 * 0.4 + 3 * 0.8) / 8)
+    valid[..., 3] = False
+    assert ValidL1Loss(3.0)(image, (ct, valid)) == pytest.approx((0.1 + 0.2 + 3 * 0.4) / 5)
+    wide = 2 * (hu + 1000) / 4000 - 1  # the same HU on another window
+    assert ValidL1Loss(3.0, (-1000.0, 3000.0))(wide + 0.4 * (hu > 250), (wide, valid)) == pytest.approx(1.2 / 5)
+
+
 def test_where_everything_is_valid_the_latent_loss_is_the_mean_square():
     torch.manual_seed(0)
     prediction, clean = torch.randn(2, 4, 4, 4, 4), torch.randn(2, 4, 4, 4, 4)

@@ -11,6 +11,7 @@ from monai.bundle import ConfigWorkflow
 from custom_modules.errors import InputError
 from custom_modules.networks.autoencoder import WaveletAutoencoderKL
 from custom_modules.networks.schedule import DDIMSchedule
+from custom_modules.training.averaging import moving_average
 from custom_modules.training.batches import (
     LatentPrepareBatch,
     OneStepEstimate,
@@ -149,6 +150,18 @@ def test_the_estimate_of_a_perfect_denoiser_is_the_image_itself():
     network.denoiser.forward = lambda x, t: network.schedule.target(clean, noise, t)
     output, image = OneStepEstimate(network)(clean, noise, timesteps, condition, mr)
     torch.testing.assert_close(image, network.decode(clean, detail=network.detail(mr)), atol=2e-3, rtol=1e-3)
+
+
+def test_the_moving_average_of_a_short_training_holds_little_of_its_start():
+    weights, model = [1.0, 4.0, 2.0, -3.0, 5.0], torch.nn.Linear(1, 1, bias=False)
+    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=moving_average(0.3))
+    expected = weights[0]
+    for step, weight in enumerate(weights):
+        torch.nn.init.constant_(model.weight, weight)
+        averaged.update_parameters(model)
+        decay = min(0.3, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * weight
+    assert averaged.module.weight.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_without_the_image_in_the_loss_the_autoencoder_stays_frozen():

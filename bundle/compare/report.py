@@ -85,12 +85,13 @@ def write_report(results: Path, identity: Mapping[str, Any], titles: Mapping[str
     page = results.with_suffix(".md")
     kept = page.read_text().split(REASONS[0])[-1].split(REASONS[1])[0] if page.exists() else ""
     kept = kept if kept.strip() and REASONS[0] in page.read_text() else "\n"
-    figure = write_figure(records, results)
+    figure, curves = write_figure(records, results), write_curves(records, titles, results)
     parts = [
         _head(records, identity),
         _scores(records, titles),
         _p_values(records, titles),
         _cost(records, titles),
+        f"![Validation error against minutes of training]({results.name}/{curves.name})" if curves else "",
         _rankings(records, titles),
         REASONS[0] + kept + REASONS[1],
         f"![One test patient: MR, CT and one column per system]({results.name}/{figure.name})" if figure else "",
@@ -235,3 +236,23 @@ def write_figure(records: Mapping[str, Record], results: Path) -> Path | None:
     path = results / "figure.png"
     plt.imsave(path, np.concatenate(rows))
     return path
+
+
+def write_curves(records: Mapping[str, Record], titles: Mapping[str, str], results: Path) -> Path | None:
+    """Write ``curves.png`` in the folder: validation error of each system's last stage against the minutes of all its
+    stages; None without curves."""
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for name, record in records.items():
+        *earlier, last = record.get("stages") or [{}]
+        if points := last.get("curve"):
+            minutes, _, errors = zip(*points)
+            start = sum(stage["minutes"] for stage in earlier)
+            axes.plot([start + m for m in minutes], errors, marker="o", markersize=3, label=titles[name])
+    drawn = bool(axes.lines)
+    if drawn:
+        axes.set(xlabel="minutes of training, all stages", ylabel="validation MAE, HU")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(results / "curves.png", dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    return results / "curves.png" if drawn else None

@@ -28,7 +28,8 @@ class TimeBudget:
     Args:
         minutes: of wall time, validation included; the last validation may exceed it.
         validator: evaluator with ``run(epoch)`` and with ``metric`` in its state.
-        path: JSON with the steps, minutes, CPU minutes of this process, and the best validation.
+        path: JSON with the steps, minutes, CPU minutes of this process, the best validation, and ``curve``, a list of
+            (minutes, step, ``metric``) of all validations.
         metric: name of the metric, whose smallest value is best.
     """
 
@@ -40,6 +41,7 @@ class TimeBudget:
         self.validations, self.patience, self.clock = validations, patience, clock
         self.wall = self.cpu = 0.0  # seconds of the runs before this one
         self.done = self.stale = 0
+        self.curve: list[tuple[float, int, float]] = []
         self.best, self.begun = math.inf, (clock(), time.process_time())
 
     def start(self, trainer: Any) -> None:
@@ -82,6 +84,7 @@ class TimeBudget:
         value = float(self.validator.state.metrics[self.metric])
         self.stale = 0 if value < self.best else self.stale + 1
         self.best = min(self.best, value)
+        self.curve.append((round(self.seconds[0] / 60, 2), engine.state.iteration, round(value, 2)))
         logger.info("%.1f min, step %d: %s %.4g", self.seconds[0] / 60, engine.state.iteration, self.metric, value)
 
     def _completed(self, engine: Engine) -> None:
@@ -89,12 +92,13 @@ class TimeBudget:
             self._validate(engine)
         wall, cpu = self.seconds
         used = {"steps": engine.state.iteration, "minutes": wall / 60, "cpu_minutes": cpu / 60, "budget": self.minutes}
-        write_json({**used, self.metric: self.best}, self.path)
+        write_json({**used, self.metric: self.best, "curve": self.curve}, self.path)
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         wall, cpu = self.seconds
-        return {"wall": wall, "cpu": cpu, "done": self.done, "stale": self.stale, "best": self.best}
+        return {"wall": wall, "cpu": cpu, "done": self.done, "stale": self.stale, "best": self.best,
+                "curve": list(self.curve)}  # fmt: skip
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)

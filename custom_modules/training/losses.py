@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from custom_modules.data.hu import BONE_HU
 from custom_modules.networks.disentanglement import disentanglement_loss, latent_cosines
 from custom_modules.training.adversary import Adversary
 
@@ -74,16 +75,29 @@ def valid_voxels(mr: Tensor, ct: Tensor) -> Tensor:
     return ~((mr > -0.84) & (ct < -0.54))
 
 
-def _mean_where(values: Tensor, where: Tensor) -> Tensor:
-    return (values * where).sum() / where.sum().clamp_min(1)
+def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    return (values * weights).sum() / weights.sum().clamp_min(1)
 
 
 class ValidL1Loss(nn.Module):
-    """L1 between an image and the CT, both (N, 1, D, H, W) in [-1, 1], over valid voxels (:func:`valid_voxels`)."""
+    """L1 between an image and the CT, both (N, 1, D, H, W) in [-1, 1], over valid voxels (:func:`valid_voxels`).
+
+    L1 alone leads to the median: where bone is less likely than not, there is none. Bone that counts more than once
+    appears earlier.
+
+    Args:
+        bone_weight: weight of voxels whose CT is bone; all others have 1.
+        hu_window: HU at -1 and at 1.
+    """
+
+    def __init__(self, bone_weight: float = 1.0, hu_window: tuple[float, float] = (-1000.0, 1600.0)) -> None:
+        super().__init__()
+        low, high = hu_window
+        self.bone_weight, self.bone = bone_weight, 2 * (BONE_HU - low) / (high - low) - 1
 
     def forward(self, image: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
         ct, valid = target
-        return _mean_where((image.float() - ct).abs(), valid)
+        return _weighted_mean((image.float() - ct).abs(), valid * (1 + (self.bone_weight - 1) * (ct > self.bone)))
 
 
 class LatentDiffusionLoss(nn.Module):
@@ -96,17 +110,26 @@ class LatentDiffusionLoss(nn.Module):
     def forward(self, prediction: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
         clean, valid = target
         whole = F.adaptive_avg_pool3d(valid, prediction.shape[2:]) > 0.95
-        return _mean_where((prediction.float() - clean).square().mean(dim=1, keepdim=True), whole)
+        return _weighted_mean((prediction.float() - clean).square().mean(dim=1, keepdim=True), whole)
 
 
 class EstimateLoss(nn.Module):
     """``image_weight`` times the L1 between decoded estimate and CT, plus ``latent_weight`` times the latent diffusion
-    loss (Eq. 12), both over valid voxels. Without the first term (a weight of 0) the estimate may be None."""
+    loss (Eq. 12), both over valid voxels. Without the first term (a weight of 0) the estimate may be None.
 
-    def __init__(self, image_weight: float = 1.0, latent_weight: float = 0.02) -> None:
+    ``bone_weight`` and ``hu_window`` are those of :class:`ValidL1Loss`.
+    """
+
+    def __init__(
+        self,
+        image_weight: float = 1.0,
+        latent_weight: float = 0.02,
+        bone_weight: float = 1.0,
+        hu_window: tuple[float, float] = (-1000.0, 1600.0),
+    ) -> None:
         super().__init__()
         self.image_weight, self.latent_weight = image_weight, latent_weight
-        self.image_loss, self.latent_loss = ValidL1Loss(), LatentDiffusionLoss()
+        self.image_loss, self.latent_loss = ValidL1Loss(bone_weight, hu_window), LatentDiffusionLoss()
 
     def forward(self, output: tuple[Tensor, Tensor | None], target: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         (prediction, image), (clean, valid, ct) = output, target
