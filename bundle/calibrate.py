@@ -61,7 +61,7 @@ def calibrate(
     record = {
         "sd_scale": scale,
         "model_sha256": sha256(parser.get_parsed_content("checkpoint")),
-        "settings": {key: parser.get_parsed_content(key) for key in ("num_inference_steps", "num_samples", "output")},
+        "settings": parser.get_parsed_content("sd_calibration").settings,
         "split": split,
         "patients": [pair["patient"] for pair in pairs],
         "coverage": dict(zip(("50", "80", "95"), covered)),

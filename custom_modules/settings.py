@@ -197,9 +197,10 @@ SETTINGS: dict[str, Setting] = {
     ),
     "crop_above_shoulders": _on("bool", "leave out head and neck, as the paper does"),
     "correct_bias": _on("bool", "divide the MR by the bias field of the coils, found by N4"),
-    "num_inference_steps": _on("int", "DDIM steps", low=1, high=1000),
+    "output": _on("str", "the estimate, or the first sample", choices=("mean", "sample")),
+    "num_inference_steps": _on("int", "DDIM steps of the estimate", low=1, high=1000),
     "num_samples": _on("int", "samples per volume; with 2 or more their SD is written too", low=1, high=64),
-    "output": _on("str", "the mean of the samples, or the first sample", choices=("mean", "sample")),
+    "sample_steps": _on("int", "DDIM steps of each sample", low=1, high=1000),
     "sampling": _on(
         "str", "one latent for the patient, or windows sampled one by one and blended", choices=("whole", "windows")
     ),

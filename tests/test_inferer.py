@@ -184,13 +184,15 @@ def test_one_window_over_everything_is_the_forward_of_the_network(sampling):
 @torch.no_grad()
 @pytest.mark.parametrize("sampling", MODES)
 @pytest.mark.parametrize("size", ((16, 16, 16), (30, 24, 16)))
-def test_several_samples_are_those_of_single_runs_with_their_mean_and_deviation(sampling, size):
+def test_several_samples_are_those_of_single_runs_with_the_estimate_and_their_deviation(sampling, size):
     network, mr = tiny(), volume(*size)
-    settings = {"sampling": sampling, "window_size": size, "num_inference_steps": 2}
-    draws = torch.cat([inferer(seed=7 + k, **settings)(mr, network) for k in range(3)])
+    settings = {"sampling": sampling, "window_size": size, "num_inference_steps": 1, "sample_steps": 2}
+    draws = torch.cat([inferer(seed=7 + k, output="sample", **settings)(mr, network) for k in range(3)])
     assert (draws[0] - draws[1]).abs().max() > 1e-3
     mean, deviation = inferer(seed=7, num_samples=3, **settings)(mr, network)[0]
-    torch.testing.assert_close(mean, draws.mean(0)[0], atol=1e-5, rtol=0)
+    alone = inferer(seed=7, **settings)(mr, network)
+    torch.testing.assert_close(mean, alone[0, 0], atol=1e-5, rtol=0)  # the estimate, however many samples
+    assert (alone - draws[:1]).abs().max() > 1e-3
     torch.testing.assert_close(deviation, draws.std(0)[0], atol=1e-5, rtol=0)
     first = inferer(seed=7, num_samples=3, output="sample", **settings)(mr, network)[0]
     torch.testing.assert_close(first, torch.stack([draws[0, 0], deviation]), atol=1e-5, rtol=0)
@@ -202,8 +204,8 @@ def test_samples_share_the_encoded_mr():
     encoded = []
     encode = network.encode
     network.encode = lambda *args: encoded.append(1) or encode(*args)
-    inferer(num_samples=4, num_inference_steps=2)(mr, network)
-    assert encoded == [1] and len(network.windows) == 4 * 2
+    inferer(num_samples=4, sample_steps=2)(mr, network)
+    assert encoded == [1] and len(network.windows) == 1 + 4 * 2
 
 
 CUT = {  # windows of 16 at 0, 8, ..., tiles of 32
@@ -320,14 +322,14 @@ def test_another_error_is_not_taken_for_a_lack_of_memory():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("steps, samples", ((1, 3), (4, 1)))
-def test_what_depends_on_the_mr_only_is_computed_once(steps, samples):
+@pytest.mark.parametrize("settings", ({"output": "sample", "num_samples": 3}, {"num_inference_steps": 4}))
+def test_what_depends_on_the_mr_only_is_computed_once(settings):
     network, mr, seen = tiny(), volume(32, 16, 16), []
     condition = network.condition
     network.condition = lambda z_mr: seen.append(len(z_mr)) or condition(z_mr)
-    inferer(num_inference_steps=steps, num_samples=samples)(mr, network)
+    inferer(**settings)(mr, network)
     assert seen == [1]
-    inferer(num_inference_steps=steps, num_samples=samples, **CUT["whole"])(volume(96, 16, 16), network)
+    inferer(**settings, **CUT["whole"])(volume(96, 16, 16), network)
     assert seen == [1] + [1] * 3  # tiles
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +32,12 @@ class LatentSampler(Inferer):
     latents are moved to the network's device.
 
     Args:
-        num_inference_steps: DDIM steps.
+        output: ``mean``, the estimate in ``num_inference_steps``, or the first ``sample``.
+        num_inference_steps: DDIM steps of the estimate. In one step it is the mean; more steps bring it nearer to a
+            sample.
         num_samples: samples drawn in one pass, for which the MR is encoded once. With two or more the result has a
             second channel, the voxelwise standard deviation of the samples.
-        output: ``mean`` of the samples, or the first ``sample``.
+        sample_steps: DDIM steps of each sample. In one step samples hardly differ.
         seed: of the noise, which is drawn on the CPU and is therefore the same on every device. Sample k has seed + k,
             so that N samples equal those of N runs with one sample each.
         margin: image voxels added on each side by replicating the edge, so that the zero padding of the convolutions
@@ -53,6 +56,7 @@ class LatentSampler(Inferer):
         self,
         num_inference_steps: int = 1,
         num_samples: int = 1,
+        sample_steps: int = 8,
         output: str = "mean",
         seed: int = 0,
         margin: int = 4,
@@ -65,8 +69,8 @@ class LatentSampler(Inferer):
             raise ValueError(f"output must be 'mean' or 'sample', got '{output}'")
         if seed < 0 or num_samples < 1:
             raise ValueError(f"seed must be 0 or more and num_samples 1 or more, got {seed} and {num_samples}")
-        self.num_inference_steps, self.num_samples = num_inference_steps, num_samples
-        self.output, self.seed = output, seed
+        self.num_inference_steps, self.sample_steps = num_inference_steps, sample_steps
+        self.num_samples, self.output, self.seed = num_samples, output, seed
         self.margin, self.memory_limit, self.amp, self.progress = margin, memory_limit, amp, progress
 
     @torch.inference_mode()
@@ -110,18 +114,37 @@ class LatentSampler(Inferer):
     def _bar(self, total: int, what: str, unit: str) -> tqdm:
         return tqdm(total=total, desc=what, unit=unit, disable=not self.progress, leave=False)
 
-    def _summary(self, samples: Iterable[Tensor]) -> Tensor:
-        """Return the mean or the first of ``samples`` and, if there are several, their standard deviation as a second
-        channel; in one pass, so that only one sample is in memory at a time (Welford 1962)."""
-        samples = iter(samples)
-        first = mean = next(samples)
-        squares, count = torch.zeros_like(first), 1
-        for count, sample in enumerate(samples, start=2):  # noqa: B007
+    def _draw(
+        self, shape: Sequence[int], generators: Sequence[torch.Generator], sample: Callable[[Tensor, int], Tensor]
+    ) -> list[Tensor]:
+        """Return the latents of all that :meth:`_summary` needs, each of ``shape``: the estimate, if that is the
+        output, and the samples, if they are the output or their deviation is asked for.
+
+        Args:
+            sample: maps noise of several such latents (K * N, ...), and the number of steps, to the latents.
+        """
+        noise = [torch.randn(shape, generator=generator) for generator in generators]
+        latents = []
+        if self.output == "mean":
+            latents.append(sample(noise[0], self.num_inference_steps))
+        if self.output == "sample" or self.num_samples > 1:
+            latents += sample(torch.cat(noise), self.sample_steps).chunk(len(noise))
+        return latents
+
+    def _summary(self, images: Iterable[Tensor]) -> Tensor:
+        """Return the first of the images of :meth:`_draw` and, if there are several samples, their standard deviation
+        as a second channel; in one pass, so that only one sample is in memory at a time (Welford 1962)."""
+        images = iter(images)
+        result = next(images)
+        if self.num_samples == 1:
+            return result
+        samples = images if self.output == "mean" else itertools.chain([result], images)
+        mean, squares, count = torch.zeros_like(result), torch.zeros_like(result), 0
+        for count, sample in enumerate(samples, start=1):  # noqa: B007
             difference = sample - mean
             mean = mean + difference / count
             squares = squares + difference * (sample - mean)
-        result = mean if self.output == "mean" else first
-        return result if count == 1 else torch.cat([result, (squares / (count - 1)).sqrt()], dim=1)
+        return torch.cat([result, (squares / (count - 1)).sqrt()], dim=1)
 
 
 class WholeVolumeInferer(LatentSampler):
@@ -147,7 +170,8 @@ class WholeVolumeInferer(LatentSampler):
 
     def _synthesize(self, mr: Tensor, body: Tensor, network: Synthesizer, generators: list[torch.Generator]) -> Tensor:
         body = (F.max_pool3d(body, network.autoencoder.downsampling)[0, 0] > 0).to(network.device)
-        z = self._sample(self._encode(mr, network, body), network, body, generators)
+        z_mr = self._encode(mr, network, body)
+        z = torch.cat(self._draw(z_mr.shape, generators, lambda z, n: self._sample(z_mr, z.to(z_mr), n, network, body)))
         return self._decode(z, mr, network, body)
 
     def _tiles(self, body: Tensor, network: Synthesizer, voxels: int, grid: int, reach: int = 0) -> list[tuple]:
@@ -179,10 +203,9 @@ class WholeVolumeInferer(LatentSampler):
 
         return halve_when_out_of_memory(encode, self._tile_voxels(device, TILE_BYTES), LEAST_TILE, "voxels")
 
-    def _sample(self, z_mr: Tensor, network: Synthesizer, body: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """Return CT latents (K, c, d, h, w), one from the noise of each generator (Eqs. 13 and 14)."""
-        noise = torch.cat([torch.randn(z_mr.shape, generator=generator) for generator in generators]).to(z_mr)
-        steps, air = self.num_inference_steps, functools.cache(network.air_latent)  # encoding air takes a while
+    def _sample(self, z_mr: Tensor, noise: Tensor, steps: int, network: Synthesizer, body: Tensor) -> Tensor:
+        """Return CT latents (K, c, d, h, w) from the ``noise`` of the same shape (Eqs. 13 and 14)."""
+        air = functools.cache(network.air_latent)  # encoding air takes a while
 
         def sample(voxels: int) -> Tensor:
             parts = self._tiles(body, network, voxels, network.denoiser.window)
@@ -210,12 +233,12 @@ class WholeVolumeInferer(LatentSampler):
         return halve_when_out_of_memory(sample, most, LEAST_TILE, "voxels")
 
     def _decode(self, z: Tensor, mr: Tensor, network: Synthesizer, body: Tensor) -> Tensor:
-        """Decode the samples ``z`` (K, c, d, h, w) of an MR tile by tile, with air in tiles without ``body``. They are
-        summarised in main memory, so that the volume exists once, however many samples there are."""
+        """Decode the latents ``z`` (K, c, d, h, w) of an MR tile by tile, with air in tiles without ``body``. The images
+        are summarised in main memory, so that the volume exists once, however many samples there are."""
         f = network.autoencoder.downsampling
 
         def decode(voxels: int) -> Tensor:
-            ct = torch.zeros(1, 1 if len(z) == 1 else 2, *(size * f for size in body.shape))
+            ct = torch.zeros(1, 1 + (self.num_samples > 1), *(size * f for size in body.shape))
             ct[:, 0] = -1
             parts = self._tiles(body, network, voxels, WAVELET_GRID)
             with self._bar(len(parts) * len(z), "decoding", "tile") as bar:

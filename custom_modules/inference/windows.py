@@ -65,12 +65,13 @@ class WindowInferer(LatentSampler):
         if not inside.any():
             return ct
         z_mr = network.encode(image[inside], "MR")
+
+        def sample(noise: Tensor, steps: int) -> Tensor:
+            with self._autocast(z_mr.device):
+                condition = network.condition(z_mr.repeat(len(noise) // len(z_mr), 1, 1, 1, 1))
+                return network.schedule.sample(lambda z, t: network.predict(z, t, condition), noise.to(z_mr), steps)
+
         # one generator per sample, so that its noise does not depend on the batch size of windows
-        noise = torch.cat([torch.randn(z_mr.shape, generator=generator) for generator in generators]).to(z_mr)
-        with self._autocast(z_mr.device):
-            condition = network.condition(z_mr.repeat(len(generators), 1, 1, 1, 1))
-            z = network.schedule.sample(lambda z, t: network.predict(z, t, condition), noise, self.num_inference_steps)
-        detail = network.detail(image[inside])
-        samples = (network.decode(sample, detail=detail) for sample in z.chunk(len(generators)))
-        ct[inside] = self._summary(samples).to(ct.dtype)
+        latents, detail = self._draw(z_mr.shape, generators, sample), network.detail(image[inside])
+        ct[inside] = self._summary(network.decode(z, detail=detail) for z in latents).to(ct.dtype)
         return ct
