@@ -1,7 +1,7 @@
 """What the benchmarks share: interleaved medians, the machine they ran on, and where results go.
 
-Every script prints its table, writes ``benchmarks/results/NAME.json`` and puts the table into ``docs/performance.md``
-between the markers of its name.
+Every script prints its table, writes ``benchmarks/results/NAME.json`` and puts the table into ``docs/performance.md``, or
+another page, between the markers of its name.
 """
 
 from __future__ import annotations
@@ -68,7 +68,13 @@ def hardware(device: torch.device = CPU) -> str:
     return f"{torch.get_num_threads()} threads, {processor()}{amx}"
 
 
-def publish(name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], device: torch.device = CPU) -> None:
+def publish(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+    device: torch.device = CPU,
+    page: Path = PAGE,
+) -> None:
     """Print ``rows`` as a table of ``columns``, keep all of them as JSON and put the table into the page."""
     date = str(datetime.date.today())
     content = {"date": date, "hardware": hardware(device), "torch": torch.__version__, "rows": rows}
@@ -78,9 +84,9 @@ def publish(name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]
     lines += [f"| {' | '.join(_text(row.get(column)) for column in columns)} |" for row in rows]
     table = "\n".join([*lines, "", f"{date}, {hardware(device)}, PyTorch {torch.__version__}."])
     print(table, flush=True)
-    if PAGE.exists():
+    if page.exists():
         mark = re.compile(f"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
-        PAGE.write_text(mark.sub(lambda found: f"{found[1]}{table}\n{found[2]}", PAGE.read_text()))
+        page.write_text(mark.sub(lambda found: f"{found[1]}{table}\n{found[2]}", page.read_text()))
 
 
 def _text(value: Any) -> str:
