@@ -1,7 +1,7 @@
 """What the benchmarks share: interleaved medians, the machine they ran on, and where results go.
 
-Every script prints its table, writes ``benchmarks/results/NAME.json`` and puts the table into ``docs/performance.md``, or
-another page, between the markers of its name.
+Every script prints its table, writes ``benchmarks/results/NAME.json`` and puts the table into a page, mostly
+``docs/performance.md``, between the markers of its name.
 """
 
 from __future__ import annotations
