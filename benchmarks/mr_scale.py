@@ -55,9 +55,9 @@ def halves(shape: tuple[int, ...]) -> list[tuple[slice, ...]]:
     return [*boxes, tuple(slice(size // 4, size - size // 4) for size in shape)]
 
 
-def factor(logarithms: list[float]) -> float:
+def factor(logarithms: list[float] | np.ndarray) -> float:
     """The root mean square of logarithms, as a factor."""
-    return float(np.exp(np.sqrt(np.mean(np.square(logarithms))))) if logarithms else float("nan")
+    return round(float(np.exp(np.sqrt(np.mean(np.square(logarithms))))), 3) if len(logarithms) else float("nan")
 
 
 def main(dataset_dir: str, torso: str | None = None) -> None:
@@ -67,9 +67,8 @@ def main(dataset_dir: str, torso: str | None = None) -> None:
     tissue: dict[tuple[str, str], list[float]] = {}
     moved: dict[tuple[str, str], list[float]] = {}
     items = [("limbs", read, pair) for pair in pairs]
-    items += [
-        ("torso", alone, {"image": str(path)}) for path in sorted(Path(torso or "").glob("abdomen_*.nii.gz")) if torso
-    ]
+    torsos = sorted(Path(torso).glob("abdomen_*.nii.gz")) if torso else []
+    items += [("torso", alone, {"image": str(path)}) for path in torsos]
     for region, transform, item in tqdm(items, unit="MR"):
         data = transform(item)
         mr, body = np.asarray(data["image"][0]), np.asarray(data["body"][0]) > 0
@@ -85,17 +84,13 @@ def main(dataset_dir: str, torso: str | None = None) -> None:
                 for key, (low, high) in TISSUES.items():
                     inside = body & (ct > low) & (ct < high)
                     tissue.setdefault((key, name), []).append(np.log(np.median(mr[inside]) / whole))
-    columns = {"fat": "fat, limbs", "muscle": "muscle, limbs"}
     rows = [
         {
             "divided by": name,
-            **{
-                text: round(factor(list(np.array(tissue[key, name]) - np.mean(tissue[key, name]))), 3)
-                for key, text in columns.items()
-            },
-            "half the field of view, limbs": round(factor(moved["limbs", name]), 3),
-            "half the field of view, torso": round(factor(moved.get(("torso", name), [])), 3),
-            "shading": round(factor(moved["shaded", name]), 3),
+            **{f"{key}, limbs": factor(tissue[key, name] - np.mean(tissue[key, name])) for key in TISSUES},
+            "half the field of view, limbs": factor(moved["limbs", name]),
+            "half the field of view, torso": factor(moved.get(("torso", name), [])),
+            "shading": factor(moved["shaded", name]),
         }
         for name in STATISTICS
     ]

@@ -60,7 +60,8 @@ class Synthesis(InferTask):
     def __init__(self, studies: Studies, checkpoint: Callable[[], Path]) -> None:
         config = ConfigParser.load_config_file(str(ROOT / "configs" / "inference.yaml"))
         self.options = Options(
-            config, ["num_inference_steps", "num_samples", "sample_steps", "seed", "output", "sampling", "hu_window", "strict"],
+            config,
+            ["output", "num_inference_steps", "num_samples", "sample_steps", "seed", "sampling", "hu_window", "strict"],
             {"save_label": (KEEP, False), "save_image": (KEEP, False), "dicom": (DICOM, False)},
         )  # fmt: skip
         description = "Synthetic CT in Hounsfield units from MR, a scalar volume on the MR's grid"
