@@ -238,6 +238,7 @@ SETTINGS: dict[str, Setting] = {
     "largest": Setting("ints", "voxels of the part of a volume that is simulated at once", low=16, high=4096),
     "kl_weight": Setting("float", "alpha of Eq. 8", low=0),
     "disentanglement_weight": Setting("float", "beta of Eq. 8", low=0),
+    "pooled_modality": Setting("bool", "L_D compares M as a whole, not voxel by voxel"),
     "adversarial_weight": Setting("float", "gamma of Eq. 8", low=0),
     "adversarial_warmup": Setting("int", "iterations without the adversarial term", low=0, high=MANY),
     "minutes": Setting("float", "wall time of a training in a comparison (equal_time.yaml)", low=1e-3),

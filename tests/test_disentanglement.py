@@ -60,6 +60,16 @@ def test_extremes_of_the_loss(swapped, sign):
     torch.testing.assert_close(disentanglement_loss(cosines), torch.tensor(-8.0 * sign))
 
 
+def test_pooled_the_modality_is_compared_as_a_whole_and_structure_voxel_by_voxel():
+    z_mr, z_ct = torch.randn(2, 2, 6, 3, 2, 4, dtype=torch.float64) + 0.3
+    s_pair, s_unpaired, *_ = latent_cosines(z_mr, z_ct)
+    pooled = latent_cosines(z_mr, z_ct, pooled=True)
+    m_mr, m_ct = (z[:, 3:].mean(dim=(2, 3, 4)).numpy() for z in (z_mr, z_ct))
+    pair = cosine(m_ct[0], m_mr[0]) + cosine(m_ct[1], m_mr[1])
+    unpaired = cosine(m_ct[0], m_ct[1]) + cosine(m_mr[0], m_mr[1])
+    np.testing.assert_allclose(pooled, [s_pair, s_unpaired, pair, unpaired], rtol=1e-9)
+
+
 def test_length_of_a_latent_does_not_matter():
     z_mr, z_ct = torch.randn(2, 2, 4, 2, 2, 2)
     torch.testing.assert_close(terms(7 * z_mr, 0.1 * z_ct), terms(z_mr, z_ct))

@@ -233,7 +233,7 @@ class WholeVolumeInferer(LatentSampler):
         return halve_when_out_of_memory(sample, most, LEAST_TILE, "voxels")
 
     def _decode(self, z: Tensor, mr: Tensor, network: Synthesizer, body: Tensor) -> Tensor:
-        """Decode the latents ``z`` (K, c, d, h, w) of an MR tile by tile, with air in tiles without ``body``. Images are
+        """Decode the latents ``z`` (K, c, d, h, w) of an MR tile by tile, air in tiles without ``body``. Images are
         summarised in main memory, so that the volume exists once, however many samples there are."""
         f = network.autoencoder.downsampling
 

@@ -24,12 +24,14 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
     return F.cosine_similarity(a.flatten(1), b.flatten(1), dim=1)
 
 
-def latent_cosines(z_mr: Tensor, z_ct: Tensor) -> Cosines:
+def latent_cosines(z_mr: Tensor, z_ct: Tensor, pooled: bool = False) -> Cosines:
     """Compute the cosines between the halves of the latents of several patients (Eqs. 3 to 6).
 
     Args:
         z_mr: (N, c, d, h, w), one patient per row.
         z_ct: CT latents of the same patients. The other patient of row n is row n + 1, cyclically.
+        pooled: take the mean of M over space first. Eq. 6 wants M of different patients to be the same in every voxel,
+            which leaves it nothing of the image but a constant; pooled, only that constant is asked for.
 
     Raises:
         ValueError: for fewer than two patients, because unpaired cosines are not defined then.
@@ -38,6 +40,8 @@ def latent_cosines(z_mr: Tensor, z_ct: Tensor) -> Cosines:
         raise ValueError("disentanglement needs at least two different patients in a batch, got one")
     s_mr, m_mr = WaveletAutoencoderKL.split(z_mr)
     s_ct, m_ct = WaveletAutoencoderKL.split(z_ct)
+    if pooled:
+        m_mr, m_ct = (m.mean(dim=(2, 3, 4)) for m in (m_mr, m_ct))
 
     def pair(ct: Tensor, mr: Tensor) -> Tensor:
         return 2 * _cosine(ct, mr).mean()

@@ -25,6 +25,7 @@ class AutoencoderLoss(nn.Module):
         perceptual: optional further term that maps (reconstruction, target) to a scalar, such as MONAI's
             ``PerceptualLoss``.
         perceptual_weight: factor on that term.
+        pooled_modality: ``pooled`` of :func:`~custom_modules.networks.disentanglement.latent_cosines`.
     """
 
     def __init__(
@@ -34,9 +35,11 @@ class AutoencoderLoss(nn.Module):
         adversary: Adversary | None = None,
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
         perceptual_weight: float = 1e-3,
+        pooled_modality: bool = False,
     ) -> None:
         super().__init__()
         self.kl_weight, self.disentanglement_weight = kl_weight, disentanglement_weight
+        self.pooled_modality = pooled_modality
         self.adversary, self.perceptual, self.perceptual_weight = adversary, perceptual, perceptual_weight
         self.terms: dict[str, float] = {}
 
@@ -44,7 +47,7 @@ class AutoencoderLoss(nn.Module):
         reconstruction, latent, mean, log_variance = output
         recon_mr, recon_ct = F.mse_loss(reconstruction.float(), target, reduction="none").chunk(2)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        cosines = latent_cosines(*latent.chunk(2))
+        cosines = latent_cosines(*latent.chunk(2), self.pooled_modality)
         terms = {
             "reconstruction_mr": recon_mr.mean(),
             "reconstruction_ct": recon_ct.mean(),
