@@ -39,6 +39,7 @@ COMMANDS = {
     "export-dicom": ("bundle.clinical.export_dicom", None),
     "attenuation": ("bundle.clinical.maps", None),
     "density": ("bundle.clinical.maps", None),
+    "organs": ("bundle.clinical.organs", None),
     "pet": ("bundle.clinical.pet", None),
     "dose": ("bundle.clinical.dose", None),
     "export": ("bundle.release.export", "inference"),

@@ -117,7 +117,7 @@ def _section(case: Case, viewer_mb: float) -> dict[str, Any]:
         "unguarded": bool(sidecar) and not guard,
         "scores": [
             tables.scores(case["rows"], tables.COLUMNS, "system"), tables.scores(case["rows"], tables.SPREAD, "system"),
-            tables.scores({"PET and dose, difference from the CT": clinical}, tables.CLINICAL),
+            tables.scores({"PET and dose, difference from the CT; organs": clinical}, tables.CLINICAL),
         ],
         "record": json.dumps(sidecar, indent=1) if sidecar else "",
         "made_with": {

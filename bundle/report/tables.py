@@ -46,6 +46,7 @@ CLINICAL = {
     "dose_protons": Column("proton dose, absolute, %", 2, "low"),
     "dose_protons_gamma": Column("protons, gamma 2 %/2 mm, %", 1, "high"),
     "dose_path": Column("path length, absolute, mm", 2, "low"),
+    "organs_usual": Column("organs with usual HU, share", 2, "high"),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The figures of ``wldm pet`` and ``wldm dose`` for a synthetic CT, where they were made, for scores and reports."""
+"""What ``wldm pet``, ``dose`` and ``organs`` found for a synthetic CT, where they ran, for scores and reports."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ DOSE = {
     "dose_protons": ("protons", "difference", "mean_abs"), "dose_protons_gamma": ("protons", "gamma 2 %/2 mm"),
     "dose_path": ("wepl", "front to back", "mean_abs"),
 }  # fmt: skip
+ORGANS = {"organs_usual": ("usual_share",)}
 
 
 def clinical_figures(sct: str | Path) -> dict[str, float]:
-    """Return the figures that lie beside a synthetic CT, ``a_sct_pet.json`` and ``a_sct_dose.json``, by the names in
-    :data:`PET` (percent) and :data:`DOSE` (percent, and mm of the path); none that were not made."""
+    """Return the figures that lie beside a synthetic CT, ``a_sct_pet.json``, ``a_sct_dose.json`` and
+    ``a_sct_organs.json``, by the names in :data:`PET` (percent), :data:`DOSE` (percent, and mm of the path) and
+    :data:`ORGANS` (a share); none that were not made."""
     found: dict[str, float] = {}
-    for suffix, names in (("_pet", PET), ("_dose", DOSE)):
+    for suffix, names in (("_pet", PET), ("_dose", DOSE), ("_organs", ORGANS)):
         record = _read(sibling_path(sct, suffix, ".json"))
         for name, keys in names.items():
             value: Any = record

@@ -1,15 +1,20 @@
-"""Organ Dice (Table III): the same segmentation on CT and synthetic CT, compared class by class."""
+"""Organs: their Dice (Table III), the same segmentation on CT and synthetic CT compared class by class; and their HU,
+beside what is usual on a CT without contrast medium."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 import tempfile
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 from monai.data import MetaTensor
+from nibabel.filebasedimages import ImageFileError
+from scipy import ndimage
 
 from custom_modules.data.grid import check_same_grid
 from custom_modules.data.volumes import EXTENSIONS, read_volume
@@ -17,6 +22,13 @@ from custom_modules.errors import InputError
 from custom_modules.evaluation.metrics import dice
 
 SEGMENTER = "TotalSegmentator"
+
+# usual median HU without contrast medium, by words in the class's name; none for others
+USUAL_HU: dict[tuple[str, ...], tuple[float, float]] = {
+    ("liver",): (40, 70), ("spleen",): (35, 60), ("kidney",): (20, 45), ("lung",): (-900, -600),
+    ("muscle", "gluteus", "autochthon", "iliopsoas", "quadriceps", "sartorius", "thigh"): (35, 70),
+    ("fat",): (-120, -70), ("vertebra",): (100, 300),
+}  # fmt: skip
 
 
 def organ_dice(patient: str, ct: str | Path, sct: str | Path, labels: str | Path | None) -> dict[str, Any]:
@@ -59,7 +71,7 @@ def _segment(path: str | Path, target: Path) -> Path:
 
 
 def _compare(ct: Path, sct: Path) -> dict[str, Any]:
-    volumes = [_read_labels(path) for path in (ct, sct)]
+    volumes = [read_labels(path) for path in (ct, sct)]
     check_same_grid(volumes[1], volumes[0])
     a, b = (np.asarray(volume[0]).astype(int) for volume in volumes)
     classes, others = (set(np.unique(x)) - {0} for x in (a, b))
@@ -72,7 +84,12 @@ def _compare(ct: Path, sct: Path) -> dict[str, Any]:
     return {"organs": "; ".join(text), "organ_dice": float(np.mean(list(values.values()))), **values}
 
 
-def _read_labels(path: Path) -> MetaTensor:
+def read_labels(path: str | Path) -> MetaTensor:
+    """Read a label volume.
+
+    Raises:
+        InputError: for values that are not whole numbers of at least 0.
+    """
     volume = read_volume(path)
     values = np.asarray(volume)
     if values.min() < 0 or (values != values.round()).any():
@@ -82,3 +99,54 @@ def _read_labels(path: Path) -> MetaTensor:
 
 def _list(classes: set[int]) -> str:
     return ", ".join(str(label) for label in sorted(classes)) or "none"
+
+
+def class_names(path: str | Path) -> dict[int, str]:
+    """Read the names of the classes from the header of a label volume, where TotalSegmentator stores them; empty if it
+    has none."""
+    names: dict[int, str] = {}
+    try:
+        for extension in nib.load(path).header.extensions:  # type: ignore[attr-defined]
+            text = bytes(extension.get_content()).strip(b"\0 \n")
+            if text.startswith(b"<?xml"):  # of Caret (Connectome Workbench)
+                found = ElementTree.fromstring(text).iter("Label")
+                names |= {int(label.attrib["Key"]): (label.text or "").strip() for label in found}
+    except (AttributeError, TypeError, ValueError, KeyError, ElementTree.ParseError, ImageFileError):
+        pass
+    return names
+
+
+def usual_hu(name: str) -> tuple[float, float] | None:
+    """Return the usual median HU of a class, from and to; None for classes without such a range."""
+    return next((hu for words, hu in USUAL_HU.items() if any(word in name.lower() for word in words)), None)
+
+
+def organ_hu(hu: np.ndarray, labels: np.ndarray, names: dict[int, str]) -> list[dict[str, Any]]:
+    """Measure the HU of each class in a volume: median, 10 and 90 % quantile, and whether the median is usual.
+
+    The outermost voxel of an organ is left out where that leaves anything, because it is partly something else.
+
+    Args:
+        hu, labels: (D, H, W).
+        names: of the classes.
+
+    Raises:
+        InputError: for a class without a name.
+    """
+    classes = np.unique(labels)[np.unique(labels) > 0]
+    unknown = [int(label) for label in classes if int(label) not in names]
+    if unknown:
+        raise InputError(f"no name for class {', '.join(map(str, unknown))} of the labels; give --names FILE.json")
+    rows = []
+    for label, box in zip(range(1, int(labels.max()) + 1), ndimage.find_objects(labels)):
+        if box is None:
+            continue
+        organ = labels[box] == label
+        inner = ndimage.binary_erosion(organ)
+        low, median, high = np.percentile(hu[box][inner if inner.any() else organ], (10, 50, 90)).tolist()
+        usual = usual_hu(names[label])
+        rows.append({
+            "organ": names[label], "voxels": int(organ.sum()), "median": median, "p10": low, "p90": high,
+            "usual": usual, "within": None if usual is None else usual[0] <= median <= usual[1],
+        })  # fmt: skip
+    return rows

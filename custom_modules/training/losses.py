@@ -47,7 +47,8 @@ class AutoencoderLoss(nn.Module):
         reconstruction, latent, mean, log_variance = output
         recon_mr, recon_ct = F.mse_loss(reconstruction.float(), target, reduction="none").chunk(2)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        cosines = latent_cosines(*latent.chunk(2), self.pooled_modality)
+        z_mr, z_ct = latent.chunk(2)
+        cosines = latent_cosines(z_mr, z_ct, self.pooled_modality)
         terms = {
             "reconstruction_mr": recon_mr.mean(),
             "reconstruction_ct": recon_ct.mean(),
