@@ -13,7 +13,7 @@ LABEL := .venv-label/bin/python
 DOSE := .venv-dose/bin/python
 PORT ?= 8000
 
-.PHONY: demo test test-fast test-slow test-label lint label dose bench package clean
+.PHONY: demo test test-fast test-slow test-label lint label dose bench gpu package clean
 
 .venv/installed: requirements.txt requirements-viewer.txt
 	$(PYTHON) -m venv .venv
@@ -80,6 +80,10 @@ ifdef DATA
 	$(PY) benchmarks/invariance.py --dataset_dir "$(DATA)"
 endif
 	$(PY) benchmarks/training.py $(if $(DATA),--dataset_dir "$(DATA)")
+
+# trains and takes the GPU rows of the benchmarks within MINUTES, where no environment can be made; DATA is of `wldm pack`
+gpu:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) benchmarks/gpu.py --dataset_dir "$(DATA)" --output_dir "$(OUT)" --minutes $(or $(MINUTES),10) $(ARGS)
 
 # SCHEMA=FILE takes a copy of MONAI's metadata schema where there is no network
 package: .venv/installed

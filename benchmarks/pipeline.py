@@ -189,7 +189,7 @@ def voxels_computed(
         seen["denoise"] += z[:, 0].numel() * cube
         return torch.zeros_like(z)
 
-    def decode(z: torch.Tensor) -> torch.Tensor:
+    def decode(z: torch.Tensor, detail: torch.Tensor | None = None) -> torch.Tensor:
         seen["decode"] += z[:, 0].numel() * cube
         return z.new_zeros(1, 1, *(size * network.autoencoder.downsampling for size in z.shape[2:]))
 

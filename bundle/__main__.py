@@ -31,6 +31,7 @@ COMMANDS = {
     "prepare": ("bundle.prepare.command", None),
     "phantom": ("bundle.phantom.command", None),
     "simulate": ("bundle.simulate", None),
+    "pack": ("bundle.pack", None),
     "train": ("bundle.train", "train"),
     "compare": ("bundle.compare.command", "train"),
     "calibrate": ("bundle.calibrate", "inference"),

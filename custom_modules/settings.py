@@ -230,6 +230,7 @@ SETTINGS: dict[str, Setting] = {
     "learning_rate": Setting("float", "of Adam, after the warm-up", low=1e-8, high=1),
     "ema_decay": Setting("float", "of the moving average of the weights, per step", low=0, high=0.999999),
     "image_weight": Setting("float", "of the L1 between decoded estimate and CT; 0 leaves it out", low=0),
+    "workers": Setting("int", "processes that read and augment", low=1, high=256),
     "bone_weight": Setting("float", "of voxels of bone in that L1", low=0),
     "latent_weight": Setting("float", "of the latent diffusion loss (Eq. 12)", low=0),
     "last_timestep_share": Setting("float", "of the crops, at the timestep where sampling starts", low=0, high=1),

@@ -35,6 +35,7 @@ class LatentDataset(Randomizable, Dataset):
         network: has the weights of the autoencoder.
         roi_size: of a crop, in image voxels.
         copies: augmented copies of each patient.
+        workers: processes that read and augment. The copies do not depend on their number.
     """
 
     def __init__(
@@ -46,10 +47,11 @@ class LatentDataset(Randomizable, Dataset):
         copies: int = 16,
         amp: bool = True,
         seed: int = 0,
+        workers: int = 1,
     ) -> None:
         super().__init__(data, transform)
         self.network, self.roi_size, self.copies, self.amp = network, roi_size, copies, amp
-        self.seed = seed
+        self.seed, self.workers = seed, workers
         self.set_random_state(seed)
         self.latents: list[list[dict[str, Any]]] = []
 
@@ -57,8 +59,8 @@ class LatentDataset(Randomizable, Dataset):
         """Encode all patients; call it once, before the first item is read. The same seed gives the same copies."""
         count = len(self.data)
         keys = [(patient, seed_of(self.seed, copy, patient)) for copy in range(self.copies) for patient in range(count)]
-        images = SeededDataset(CacheDataset(self.data, self.transform))
-        loader = DataLoader(images, batch_size=1, sampler=keys, num_workers=1)
+        images = SeededDataset(CacheDataset(self.data, self.transform, num_workers=self.workers))
+        loader = DataLoader(images, batch_size=1, sampler=keys, num_workers=self.workers)
         latents: list[list[dict[str, Any]]] = [[] for _ in self.data]
         for (patient, _), batch in zip(keys, tqdm(loader, desc="encoding", unit="volume")):
             latents[patient].append(self._encode(batch))

@@ -1,0 +1,94 @@
+"""Everything that a short loan of a GPU is for, in one command: training, and the GPU rows of docs/performance.md.
+
+    wldm pack --dataset_dir DIR --output_dir packed --step 8      # on any machine: less than 60 MB
+    make gpu DATA=packed OUT=out MINUTES=10                       # on the machine with the GPU
+
+It needs the repository, PyTorch, MONAI, fire, nibabel and SimpleITK, and no network. OUT then holds the weights of each
+stage with their curves, and the tables of the benchmarks; score the weights where the full data are:
+
+    wldm ship out/diffusion/model.pt --dataset_dir DIR; wldm evaluate --dataset_dir DIR
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fire
+import matplotlib
+import torch
+from common import RESULTS, ROOT
+
+from bundle.train import RECIPES, run_stage
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+BENCH_SHARE = 0.15  # of the time, for the benchmarks
+BENCHES = (
+    ["pipeline.py", "volumes", "--amp", "True"], ["pipeline.py", "volumes"], ["pipeline.py", "settings"], ["blocks.py"],
+)  # fmt: skip
+
+
+def curves(folder: Path) -> None:
+    """Draw the validation error of each stage against its minutes as ``curves.png``."""
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for used in sorted(folder.glob("*/budget.json"), key=lambda path: path.stat().st_mtime):
+        minutes, _, errors = zip(*json.loads(used.read_text())["curve"])
+        axes.plot(minutes, errors, marker="o", markersize=3, label=used.parent.name)
+    axes.set(xlabel="minutes of the stage", ylabel="validation MAE, HU")
+    axes.legend()
+    figure.savefig(folder / "curves.png", dpi=120, bbox_inches="tight")
+
+
+def bench(folder: Path, device: str, until: float) -> None:
+    """Run the benchmarks one after the other while there is time, and copy what they found."""
+    for script, *arguments in BENCHES:
+        left = until - time.monotonic()
+        if left < 5:
+            print(f"no time left for {script} {' '.join(arguments)}", flush=True)
+            continue
+        command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments, "--device", device]
+        try:
+            subprocess.run(command, cwd=ROOT, timeout=left, check=False)
+        except subprocess.TimeoutExpired:
+            print(f"{script} {' '.join(arguments)}: not finished in time", flush=True)
+    for path in RESULTS.glob("*_gpu*.json"):
+        shutil.copy(path, folder)
+
+
+def main(
+    dataset_dir: str, output_dir: str, minutes: float = 10.0, recipe: str = "whole_body", device: str | None = None,
+    **settings: object,
+) -> None:  # fmt: skip
+    """Train ``recipe`` and run the benchmarks within ``minutes``, reading the data included.
+
+    Args:
+        device: cuda, or cpu to try the script; cuda where there is one when None.
+        settings: of the training configs, such as --batch_size.
+    """
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder, until = Path(output_dir), time.monotonic() + 60 * minutes
+    folder.mkdir(parents=True, exist_ok=True)
+    stages, reading = RECIPES[recipe].stages, 0.0  # reading the volumes is not in the time of a stage
+    for number, stage in enumerate(stages):
+        left = (until - time.monotonic()) / 60 - BENCH_SHARE * minutes - reading * len(stages[number:])
+        budget = left * stage.share / sum(later.share for later in stages[number:])
+        print(f"{stage.folder}: {budget:.1f} min on {where}", flush=True)
+        started = time.monotonic()
+        run_stage(
+            stage, folder, dataset_dir, str(Path(dataset_dir) / "datalist.json"), budget / stage.share,
+            {"check_data": False, "device": f"$torch.device('{where}')", **settings},
+        )  # fmt: skip
+        reading = max((time.monotonic() - started) / 60 - budget, 0.0)
+        print(f"{stage.folder}: took {budget + reading:.1f} min", flush=True)
+    curves(folder)
+    bench(folder, where, until)
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
