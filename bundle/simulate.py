@@ -29,6 +29,7 @@ def simulate(
     ct: str,
     output_dir: str = "simulated",
     contrasts: str | Sequence[str] = "all",
+    organs: str | None = None,
     spacing: float = 2.0,
     seed: int = 0,
     quiet: bool = False,
@@ -40,6 +41,7 @@ def simulate(
 
     Args:
         contrasts: names from configs/whole_body.yaml joined by commas, or ``all``.
+        organs: label volume of the CT's organs, with names in its header as TotalSegmentator writes them; for one CT.
         spacing: mm, of the grid.
         seed: of everything random.
         quiet: print nothing.
@@ -62,10 +64,12 @@ def simulate(
     )  # fmt: skip
     entries = []
     volumes = find_volumes(str(ct))
+    if organs and len(volumes) > 1:
+        raise InputError(f"--organs is of one CT, {ct} holds {len(volumes)}")
     for number, volume in enumerate(tqdm(volumes, desc="simulating", unit="CT", disable=quiet)):
         source = ReadVolumed("label")({"label": volume["image"]})
         check_hu(np.asarray(source["label"][0]), str(volume["image"]))
-        data = read(source)
+        data = read({**source, "organs": organs} if organs else source)
         values, regions = np.asarray(data["label"][0]), np.asarray(data["regions"][0])
         patient = str(sibling_path(volume["output"], "", "")).removesuffix("_sct")
         for contrast in names:

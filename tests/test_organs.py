@@ -1,4 +1,4 @@
-"""HU of organs: medians by hand, names from the header as TotalSegmentator writes them, what is refused."""
+"""Labels of organs: names from the header as TotalSegmentator writes them, HU by hand, tissues of simulated MRs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from monai.data import MetaTensor
 
 from bundle.clinical.organs import organs
+from bundle.simulate import simulate
+from custom_modules.data.organs import TISSUE_WORDS, class_names, organ_tissues
+from custom_modules.data.pairs import check_pairs_or_stop, load_pairs
+from custom_modules.data.simulation import SimulateMR, tissue_regions
 from custom_modules.errors import InputError
 from custom_modules.evaluation.clinical import clinical_figures
-from custom_modules.evaluation.organs import class_names, organ_hu, usual_hu
+from custom_modules.evaluation.organs import organ_hu, usual_hu
 
 AFFINE = np.diag([2.0, 2, 2, 1])
 XML = (
@@ -35,6 +41,7 @@ def volume() -> tuple[np.ndarray, np.ndarray]:
 
 
 def save(path, data, xml=None):
+    path.parent.mkdir(exist_ok=True)
     image = nib.Nifti1Image(data, AFFINE)
     if xml:
         image.header.extensions.append(nib.nifti1.Nifti1Extension(0, xml.encode()))
@@ -107,3 +114,69 @@ def test_a_volume_that_is_not_in_hu_is_refused(files, tmp_path):
     mr = save(tmp_path / "mr.nii.gz", np.abs(volume()[0]))
     with pytest.raises(InputError, match="Hounsfield|HU"):
         organs(mr, files[1])
+
+
+def test_the_tissue_of_organs_follows_the_names_of_their_classes_onto_the_grid_of_the_ct(files):
+    labels = volume()[1]
+    flipped = AFFINE @ np.array([[-1, 0, 0, 23], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    ct = MetaTensor(torch.zeros(1, 24, 24, 24), affine=flipped)
+    tissues = organ_tissues(files[1], ct)[::-1]
+    place = {name: number for number, name in enumerate(TISSUE_WORDS, start=1)}
+    assert set(np.unique(tissues[labels == 5])) == {place["liver"]}
+    assert set(np.unique(tissues[labels == 20])) == {place["blood"]}
+    assert not tissues[labels == 13].any() and not tissues[labels == 0].any()  # the lung is seen in the HU
+
+
+def test_labelled_organs_are_of_their_tissue_in_every_simulated_mr(files):
+    hu, labels = volume()
+    hu[labels == 5] = 50
+    sequence = {"sequence": "spin_echo", "repetition_time": (500, 500), "echo_time": (15, 15)}
+    off = {"dephasing": (0, 0), "shading": (1, 1), "noise": (0, 0), "relaxation": 0.0, "thick_slices": 0.0}
+    draw = SimulateMR({"one": sequence}, organs=(1, 1), **off)  # whatever has no label is of any organ
+    organs = organ_tissues(files[1], MetaTensor(torch.from_numpy(labels)[None].float(), affine=AFFINE))
+
+    def signal(density: float, t1: float, t2: float) -> float:
+        return float(density * (1 - np.exp(-500 / t1)) * np.exp(-15 / t2))
+
+    liver, blood = [((586, 46), (809, 34)), ((1441, 290), (1932, 275))]
+    expected = {round(signal(0.71, *liver[n]) / signal(0.83, *blood[n]), 2) for n in range(2)}
+    organs[12:18, 12:18, 12:18] = list(TISSUE_WORDS).index("blood") + 1  # of a size that its middle is not blurred
+    hu[12:18, 12:18, 12:18] = 50
+    regions = tissue_regions(hu, hu > -500, (2, 2, 2), organs)
+    found = set()
+    for seed in range(8):
+        draw.set_random_state(seed)
+        mr = draw(hu, regions, (2, 2, 2))
+        found.add(round(float(mr[6, 6, 6] / mr[15, 15, 15]), 2))
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda labels: labels[:20], "grid"),
+        (lambda labels: np.where(labels == 5, 35, labels).astype(np.uint8), "no name for class 35"),
+    ],
+)
+def test_organs_that_do_not_belong_to_the_ct_are_refused_before_training(tmp_path, change, message):
+    hu, labels = volume()
+    save(tmp_path / "ct.nii.gz", hu + np.random.default_rng(0).normal(0, 5, hu.shape).astype(np.float32))
+    save(tmp_path / "organs.nii.gz", change(labels), XML)
+    entries = [{"label": "ct.nii.gz", "organs": "organs.nii.gz"}]
+    (tmp_path / "datalist.json").write_text(json.dumps({"training": entries}))
+    pairs = load_pairs(tmp_path / "datalist.json", tmp_path, ["training"], unpaired=True)
+    with pytest.raises(SystemExit, match=rf"organs\.nii\.gz.*{message}|{message}.*organs\.nii\.gz"):
+        check_pairs_or_stop(pairs, 1)
+
+
+def test_a_ct_with_organs_is_simulated(files, tmp_path):
+    hu = volume()[0]
+    save(tmp_path / "ct.nii.gz", hu)
+    simulate(str(tmp_path / "ct.nii.gz"), str(tmp_path / "out"), "t2", organs=files[1], quiet=True)
+    simulate(str(tmp_path / "ct.nii.gz"), str(tmp_path / "plain"), "t2", quiet=True)
+    mrs = [nib.load(next((tmp_path / name).rglob("mr.nii.gz"))).get_fdata() for name in ("out", "plain")]
+    assert mrs[0].shape == mrs[1].shape and not np.array_equal(*mrs)
+    save(tmp_path / "two/a.nii.gz", hu)
+    save(tmp_path / "two/b.nii.gz", hu)
+    with pytest.raises(InputError, match="--organs is of one CT"):
+        simulate(str(tmp_path / "two"), str(tmp_path / "out"), organs=files[1], quiet=True)

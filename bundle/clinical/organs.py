@@ -11,9 +11,10 @@ import numpy as np
 from custom_modules.clinical.study import MARK
 from custom_modules.data.grid import check_same_grid
 from custom_modules.data.hu import check_hu
+from custom_modules.data.organs import class_names, read_labels
 from custom_modules.data.volumes import read_volume, sibling_path
 from custom_modules.errors import InputError
-from custom_modules.evaluation.organs import class_names, organ_hu, read_labels
+from custom_modules.evaluation.organs import organ_hu
 from custom_modules.files import write_json
 
 

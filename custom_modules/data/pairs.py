@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from custom_modules.data.grid import REGISTER, check_same_grid
 from custom_modules.data.hu import check_hu
+from custom_modules.data.organs import organ_tissues, read_labels
 from custom_modules.data.volumes import EXTENSIONS, read_volume, volume_files
 from custom_modules.errors import InputError, stop
 from custom_modules.files import sha256
@@ -30,7 +31,8 @@ def load_pairs(
 ) -> dict[str, list[Pair]]:  # fmt: skip
     """Read the pairs of ``splits`` of a MONAI datalist: ``image`` (MR), ``label`` (CT) and ``patient``. Without a
     ``patient`` in the datalist it is the file name of the image, or its folder if file names repeat
-    (``<patient>/mr.nii.gz``). With ``unpaired``, entries may have a ``label`` only: their MR is simulated.
+    (``<patient>/mr.nii.gz``). With ``unpaired``, entries may have a ``label`` only: their MR is simulated. ``organs``,
+    a label volume on the grid of the CT, says of what tissue its organs are.
 
     Raises:
         InputError: when the datalist is missing, is not JSON or has no such split, or an entry lacks a key.
@@ -51,6 +53,9 @@ def load_pairs(
                         f"{datalist}: entry {number} of '{split}' has no '{key}' (image = MR, label = CT){advice}"
                     )
         pairs[split] = [dict(entry) for entry in entries]
+        for entry in pairs[split]:
+            if "organs" in entry:  # MONAI knows image and label only
+                entry["organs"] = str(Path(base_dir) / entry["organs"])
     images = {main_file(entry) for entries in pairs.values() for entry in entries}
     by_folder = len({Path(image).name for image in images}) < len(images)
     for entry in itertools.chain(*pairs.values()):
@@ -146,9 +151,23 @@ def _inspect(pair: Pair) -> tuple[list[str], str]:
         except InputError as error:
             return [str(error)], ""
         digests.append(sha256(volume_files(pair[key])))
+    problems = []
+    if "organs" in pair:
+        problems = _organ_problems(pair["organs"], volumes["label"])
+        digests += [sha256(volume_files(pair["organs"]))] if not problems else []
     if "image" not in volumes:
-        return _ct_problems(volumes["label"], pair["label"]), " ".join(digests)
-    return _problems(volumes["image"], volumes["label"], pair), " ".join(digests)
+        return problems + _ct_problems(volumes["label"], pair["label"]), " ".join(digests)
+    return problems + _problems(volumes["image"], volumes["label"], pair), " ".join(digests)
+
+
+def _organ_problems(path: str, ct: Any) -> list[str]:
+    """What is wrong with the label volume of a CT's organs."""
+    try:
+        check_same_grid(read_labels(path), ct)
+        organ_tissues(path, ct)
+    except InputError as error:
+        return [str(error)]
+    return []
 
 
 def _ct_problems(ct: Any, name: str) -> list[str]:

@@ -2,7 +2,8 @@
 
 Each voxel of the CT is divided into air, fat, soft tissue, marrow and mineral by its HU. The signal of each follows
 from relaxation times and the signal equation of the sequence. What a CT does not tell apart (muscle, liver, blood) is
-drawn at random by region, so that a network learns from shape and surroundings, not from one grey value.
+drawn at random by region, so that a network learns from shape and surroundings, not from one grey value. Labels of
+organs, where there are any, say which region is of what.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from skimage.segmentation import slic
 from custom_modules.data.body import ct_parts, fill_cavities
 from custom_modules.data.hu import AIR_HU
 from custom_modules.data.mr import StandardizeMRd
+from custom_modules.data.organs import TISSUE_WORDS, organ_tissues
 from custom_modules.errors import InputError
 
 Range = Sequence[float]
@@ -57,7 +59,8 @@ LUNG_HU, FAT_HU, SOFT_HU, SPONGY_HU = -400.0, -100.0, 20.0, 120.0
 BONE_HU, BONE_PEAK_HU = 150.0, 500.0  # a skeleton's part goes beyond the second; enhanced vessels do not
 MARROW_HU, MARROW_AREA = 65.0, 3000.0  # red marrow is denser than cord and muscle; mm2 of the inside of a bone
 REGION_GRID, REGION_SIZE = 2, 28.0  # voxels that are pooled to find regions, mm along a region
-MARROW, SURFACE, FIRST_REGION = 1, 2, 3  # labels
+MARROW, SURFACE, FIRST_TISSUE = 1, 2, 3  # labels
+FIRST_REGION = FIRST_TISSUE + len(TISSUE_WORDS)
 
 
 class Contrast(NamedTuple):
@@ -114,11 +117,17 @@ def voxel_parts(ct: np.ndarray, regions: np.ndarray, cortical_hu: float = 1300.0
     return Parts(np.clip((hu + 1000) / (FAT_HU + 1000), 0, 1), fat, mineral * bone, marrow)
 
 
-def tissue_regions(ct: np.ndarray, body: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """Label the tissue of a CT (D, H, W): 0 outside the ``body``, 1 inside of bones, 2 their surface, from 3 on
-    supervoxels.
+def tissue_regions(
+    ct: np.ndarray, body: np.ndarray, spacing: Sequence[float], organs: np.ndarray | None = None
+) -> np.ndarray:
+    """Label the tissue of a CT (D, H, W): 0 outside the ``body``, 1 inside of bones, 2 their surface, from 3 on organs
+    of known tissue, in the order of :data:`~custom_modules.data.organs.TISSUE_WORDS`, and after these supervoxels.
 
-    Supervoxels (SLIC, Achanta et al. 2012) on a grid of half the resolution stand for organs and muscles.
+    Supervoxels (SLIC, Achanta et al. 2012) on a grid of half the resolution stand for organs and muscles whose tissue
+    is not known.
+
+    Args:
+        organs: of :func:`~custom_modules.data.organs.organ_tissues`.
     """
     smooth = ndimage.gaussian_filter(ct.astype(np.float32), 1.0)
     candidates, number = ndimage.label((smooth > BONE_HU) & body)
@@ -135,6 +144,8 @@ def tissue_regions(ct: np.ndarray, body: np.ndarray, spacing: Sequence[float]) -
     fine = labels.repeat(REGION_GRID, 0).repeat(REGION_GRID, 1).repeat(REGION_GRID, 2)
     fine = fine[tuple(slice(n) for n in ct.shape)]
     regions = np.where(body, FIRST_REGION + np.maximum(fine, 0), 0)
+    if organs is not None:
+        regions = np.where((organs > 0) & (regions > 0), FIRST_TISSUE - 1 + organs.astype(int), regions)
     regions[bone] = SURFACE
     regions[ndimage.binary_erosion(bone, border_value=1)] = MARROW
     return regions.astype(np.int16)
@@ -171,14 +182,16 @@ class CTBodyd(MapTransform):
 
 
 class CTRegionsd(MapTransform):
-    """Add the :func:`tissue_regions` of the CT in ``keys`` as ``regions``, within its own body."""
+    """Add the :func:`tissue_regions` of the CT in ``keys`` as ``regions``, within its own body. ``organs`` is the
+    path of a label volume, if there is one."""
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         data = dict(data)
         for key in self.key_iterator(data):
             ct = data[key]
             body = fill_cavities(ct_parts(np.asarray(ct[0])), upright=True)
-            regions = tissue_regions(np.asarray(ct[0]), body, np.asarray(ct.pixdim))
+            organs = organ_tissues(data["organs"], ct) if "organs" in data else None
+            regions = tissue_regions(np.asarray(ct[0]), body, np.asarray(ct.pixdim), organs)
             data["regions"] = MetaTensor(torch.from_numpy(regions)[None], affine=ct.affine)
         return data
 
@@ -188,7 +201,7 @@ class SimulateMR(Randomizable):
 
     Args:
         contrasts: by name, the fields of :class:`Contrast` and ``share``, how often it is drawn.
-        organs: range of the share of regions that are no muscle.
+        organs: range of the share of regions of unknown tissue that are no muscle.
         cortical_hu: range of the HU at which a voxel has no signal; below that of cortical bone, because the field
             around mineral is not even.
         relaxation: relative SD of relaxation times and proton densities between patients.
@@ -280,6 +293,8 @@ class SimulateMR(Randomizable):
         kinds = np.where(
             self.R.random_sample(count) < share, self.R.choice(list(ORGANS), count, p=list(ORGANS.values())), "muscle"
         )
+        known = slice(FIRST_TISSUE, FIRST_REGION)
+        kinds[known] = list(TISSUE_WORDS)[: len(kinds[known])]
         muscle = signal("muscle")  # one muscle for the volume, organs of their own
         water = np.array([muscle if kind == "muscle" else signal(kind) for kind in kinds])
         water = water * np.exp(0.4 * self.relaxation * self.R.standard_normal(count))  # between muscles

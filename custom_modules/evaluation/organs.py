@@ -6,18 +6,15 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
-from monai.data import MetaTensor
-from nibabel.filebasedimages import ImageFileError
 from scipy import ndimage
 
 from custom_modules.data.grid import check_same_grid
-from custom_modules.data.volumes import EXTENSIONS, read_volume
+from custom_modules.data.organs import MUSCLES, read_labels
+from custom_modules.data.volumes import EXTENSIONS
 from custom_modules.errors import InputError
 from custom_modules.evaluation.metrics import dice
 
@@ -26,7 +23,7 @@ SEGMENTER = "TotalSegmentator"
 # usual median HU without contrast medium, by words in the class's name; none for others
 USUAL_HU: dict[tuple[str, ...], tuple[float, float]] = {
     ("liver",): (40, 70), ("spleen",): (35, 60), ("kidney",): (20, 45), ("lung",): (-900, -600),
-    ("muscle", "gluteus", "autochthon", "iliopsoas", "quadriceps", "sartorius", "thigh"): (35, 70),
+    MUSCLES: (35, 70),
     ("fat",): (-120, -70), ("vertebra",): (100, 300),
 }  # fmt: skip
 
@@ -84,36 +81,8 @@ def _compare(ct: Path, sct: Path) -> dict[str, Any]:
     return {"organs": "; ".join(text), "organ_dice": float(np.mean(list(values.values()))), **values}
 
 
-def read_labels(path: str | Path) -> MetaTensor:
-    """Read a label volume.
-
-    Raises:
-        InputError: for values that are not whole numbers of at least 0.
-    """
-    volume = read_volume(path)
-    values = np.asarray(volume)
-    if values.min() < 0 or (values != values.round()).any():
-        raise InputError(f"{path}: not a label volume, its values are not whole numbers of at least 0")
-    return volume
-
-
 def _list(classes: set[int]) -> str:
     return ", ".join(str(label) for label in sorted(classes)) or "none"
-
-
-def class_names(path: str | Path) -> dict[int, str]:
-    """Read the names of the classes from the header of a label volume, where TotalSegmentator stores them; empty if it
-    has none."""
-    names: dict[int, str] = {}
-    try:
-        for extension in nib.load(path).header.extensions:  # type: ignore[attr-defined]
-            text = bytes(extension.get_content()).strip(b"\0 \n")
-            if text.startswith(b"<?xml"):  # of Caret (Connectome Workbench)
-                found = ElementTree.fromstring(text).iter("Label")
-                names |= {int(label.attrib["Key"]): (label.text or "").strip() for label in found}
-    except (AttributeError, TypeError, ValueError, KeyError, ElementTree.ParseError, ImageFileError):
-        pass
-    return names
 
 
 def usual_hu(name: str) -> tuple[float, float] | None:
