@@ -19,6 +19,8 @@ from custom_modules.evaluation.uncertainty import coverage, fit_scale
 from custom_modules.files import inside, sha256, write_json
 from custom_modules.inference.guard import Measurements
 
+KNOWN = "t1_spin_echo,t1_in_phase,t1_opposed_phase,t2,proton_density"
+
 
 def calibrate(
     dataset_dir: str,
@@ -83,16 +85,23 @@ def guard(
     datalist: str | None = None,
     split: str = "training",
     path: str = str(ROOT / "models" / "guard.json"),
+    contrasts: str = KNOWN,
     **settings: Any,
 ) -> None:
-    """Measure the MRs of the training split and store their statistics, for the check before each synthesis. For CTs
-    without an MR, one of each contrast is simulated."""
+    """Measure the MRs of the training split and store their statistics, for the check before each synthesis.
+
+    Args:
+        path: the JSON that inference.yaml reads.
+        contrasts: of which an MR is simulated from each CT without one, names joined by commas: those on which the
+            weights are of use (docs/whole_body.md).
+        settings: further settings of configs/inference.yaml.
+    """
     pairs = _pairs(dataset_dir, datalist, split)
     with tempfile.TemporaryDirectory() as scratch:
         images = [pair["image"] for pair in pairs if "image" in pair]
         alone = [pair["label"] for pair in pairs if "image" not in pair]
         for number, ct in enumerate(alone):
-            simulate(ct, f"{scratch}/{number}", quiet=True)
+            simulate(ct, f"{scratch}/{number}", contrasts, quiet=True)
         images += sorted(str(path) for path in Path(scratch).rglob("mr.nii.gz"))
         own: dict[str, Any] = {
             "guard_statistics": None,

@@ -19,6 +19,7 @@ from custom_modules.inference.guard import (
     Measurements,
     _detail,
     _without_margin,
+    _without_signal,
     deviations,
     histogram,
     histogram_distance,
@@ -90,6 +91,34 @@ def test_detail_is_the_mean_step_in_the_body():
     inside = np.zeros(image.shape, bool)
     inside[:3] = True
     assert [_detail(image, inside, axis) for axis in range(3)] == pytest.approx([0, 0.25, 0], abs=1e-5)
+
+
+def test_the_share_without_signal_is_that_of_the_slices_that_have_least_of_it():
+    """Eleven slices; a lung in three of them counts no more than in none, dark tissue in all of them does."""
+    image = np.full((10, 10, 11), 0.5)
+    inside = np.ones(image.shape, bool)
+    image[:5, :, :3] = -1
+    assert _without_signal(image, inside) == 0
+    image[:, :2] = -0.99
+    assert _without_signal(image, inside) == pytest.approx(0.2)
+    inside[:, :, 10] = False
+    inside[0, 0, 10] = True  # the tip of a body is no slice
+    assert _without_signal(image, inside) == pytest.approx(0.2)
+
+
+def test_a_fat_only_image_is_named(network, tmp_path, caplog):
+    measured = Measurements(network)
+    rng = np.random.default_rng(1)
+    for _ in range(8):
+        tissue = rng.random((40, 40, 30)) < 0.6
+        image = np.where(tissue, rng.normal(0.2, 0.1, tissue.shape), rng.normal(-0.5, 0.1, tissue.shape)).clip(-1, 1)
+        measured.add(batch(image, np.ones(image.shape)))
+    (tmp_path / "guard.json").write_text(json.dumps({**measured.statistics(), "model_sha256": ""}))
+    guard = Guard(tmp_path / "guard.json", tmp_path / "model.pt")
+    assert not guard(batch(image, np.ones(image.shape)), network)["warnings"]
+    fat_only = np.where(tissue, image, -0.99)
+    warnings = guard(batch(fat_only, np.ones(image.shape)), network)["warnings"]
+    assert any("without signal" in warning and "fat or of water alone" in warning for warning in warnings)
 
 
 def test_what_is_fitted_is_finite_and_training_patients_are_near_it(statistics, network):

@@ -26,6 +26,7 @@ CROP = 64  # voxels per side of what the autoencoder reconstructs
 MARGIN = 6.0  # mm by which BodyMaskd widens the body
 SD_FLOOR = 0.05  # of the mean: a measure that is equal in all training patients (the spacing) may differ by this much
 LIMIT = 3.0  # standard deviations from the training patients
+NO_SIGNAL = 0.04  # of the brightest signal in the body, below which a voxel has none
 
 # measure: unit, and whether it is an error, where only larger values are unusual; others are compared by their
 # logarithm
@@ -37,10 +38,13 @@ MEASURES = {
     "field of view, foot to head": ("mm", False),
     "body fraction": ("", False),
     "distance of the intensity histogram": ("", True),
+    "share of a slice without signal": ("", True),
     "detail, foot to head over in-plane": ("", False),
     "detail, left to right over back to front": ("", False),
     "reconstruction error": ("", True),
 }
+LEAST_SD = {"share of a slice without signal": 0.01}
+HINTS = {"share of a slice without signal": "an image of fat or of water alone looks like that"}
 
 
 def measure(batch: Mapping[str, Any], references: Sequence[Any] | None, network: nn.Module | None) -> dict[str, float]:
@@ -65,6 +69,7 @@ def measure(batch: Mapping[str, Any], references: Sequence[Any] | None, network:
         right, front, head,
         max(inside.sum(), 1) * grid.prod() / extent.prod(),
         None if references is None else histogram_distance(histogram(image, inside), references),
+        _without_signal(image, inside),
         2 * detail[2] / (detail[0] + detail[1]),
         detail[0] / detail[1],
         _reconstruction_error(image, inside, network) if hasattr(network, "autoencoder") else None,
@@ -97,6 +102,15 @@ def histogram_distance(shares: Sequence[float] | np.ndarray, references: Sequenc
     normalised MR."""
     centres = (HISTOGRAM[1:] + HISTOGRAM[:-1]) / 2
     return min(float(wasserstein_distance(centres, centres, shares, reference)) for reference in references)
+
+
+def _without_signal(image: np.ndarray, inside: np.ndarray) -> float:
+    """Return the share of the body that gives no signal in those axial slices that have least of it, the 10 % quantile.
+    Lung, bowel gas and cortical bone give none either, but not in every slice."""
+    dark = inside & (image + 1 < NO_SIGNAL * (np.percentile(image[inside], 99) + 1))
+    body = inside.sum(axis=(0, 1))
+    slices = body > 0.2 * body.max()
+    return float(np.percentile(dark.sum(axis=(0, 1))[slices] / body[slices], 10))
 
 
 def _detail(image: np.ndarray, inside: np.ndarray, axis: int) -> float:
@@ -146,7 +160,7 @@ class Measurements:
         for name in (n for n in MEASURES if n in self.measured[0]):
             values = np.array([each[name] for each in self.measured])
             scaled = _scaled(name, values)
-            floor = SD_FLOOR * (scaled.mean() if MEASURES[name][1] else 1)
+            floor = max(SD_FLOOR * (scaled.mean() if MEASURES[name][1] else 1), LEAST_SD.get(name, 0.0))
             measures[name] = {
                 "low": float(values.min()), "high": float(values.max()),
                 "mean": float(scaled.mean()), "sd": float(max(scaled.std(ddof=1), floor)),
@@ -218,4 +232,5 @@ class Guard:
 
 def _sentence(name: str, value: float, deviation: float, training: Mapping[str, float]) -> str:
     unit, span = MEASURES[name][0], f"{training['low']:.3g} to {training['high']:.3g}"
-    return f"{name} is {value:.3g}{unit and ' ' + unit}, in training {span} ({deviation:.1f} SD away)"
+    hint = f"; {HINTS[name]}" if name in HINTS else ""
+    return f"{name} is {value:.3g}{unit and ' ' + unit}, in training {span} ({deviation:.1f} SD away){hint}"
