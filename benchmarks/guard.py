@@ -1,10 +1,12 @@
 """What does the input guard see? AUROC of its score between the test MRs and MRs that should be warned of.
 
-    python benchmarks/guard.py --dataset_dir DIR [--statistics models/guard.json]
+    python benchmarks/guard.py --dataset_dir DIR [--statistics models/guard.json] [--held_out liver,chest_lidc]
 
 The odd ones: MRs of the torso, CTs given as MR, an MR of another contrast, an empty scan of noise, and every test MR
 with its voxels rotated or flipped while the header stays. A score is the largest deviation in standard deviations of
-the training patients; a rate is the share above the limit. The second AUROC leaves spacing and field of view out.
+the training patients; a rate is the share above the limit. The second AUROC leaves spacing and field of view out. For
+the CTs in ``torso_ct`` that the weights have not seen, MRs of the known contrasts are simulated, which count as usual,
+and images of fat or water alone, which do not.
 """
 
 from __future__ import annotations
@@ -18,11 +20,15 @@ from typing import Any
 import fire
 import nibabel as nib
 import numpy as np
+import yaml
 from scipy.stats import mannwhitneyu
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bundle.workflow import inference_workflow  # noqa: E402
+from bundle.calibrate import KNOWN  # noqa: E402
+from bundle.workflow import ROOT, inference_workflow  # noqa: E402
 from custom_modules.data.pairs import load_pairs  # noqa: E402
+from custom_modules.data.simulation import SimulateMR  # noqa: E402
+from custom_modules.data.transforms import Preprocess  # noqa: E402
 from custom_modules.inference.guard import LIMIT  # noqa: E402
 
 ALTERED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -37,6 +43,14 @@ ALTERED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
+ALONE = {  # images of one of the two, by a Dixon method
+    "fat alone": {"sequence": "gradient_echo", "repetition_time": [100, 250], "flip_angle": [50, 80],
+                  "water_signal": [0, 0.03]},
+    "water alone": {"sequence": "gradient_echo", "repetition_time": [100, 250], "flip_angle": [50, 80],
+                    "fat_signal": [0, 0.03]},
+}  # fmt: skip
+
+
 def auroc(usual: list[float], odd: list[float]) -> float:
     """The chance that an odd one scores higher than a usual one, ties counted half."""
     return float(mannwhitneyu(odd, usual).statistic / (len(odd) * len(usual)))
@@ -49,6 +63,22 @@ def altered(paths: list[str], change: Callable, folder: Path) -> Iterator[Path]:
         target = folder / f"{number}.nii.gz"
         nib.save(nib.Nifti1Image(change(image.get_fdata(dtype=np.float32)), image.affine), target)
         yield target
+
+
+def simulated(cts: list[Path], contrasts: dict[str, Any], folder: Path, seeds: int = 3) -> list[Path]:
+    """MRs of each of ``contrasts`` for each CT, ``seeds`` of each."""
+    draw, paths = SimulateMR(contrasts), []
+    read = Preprocess((2.0, 2.0, 2.0))
+    for ct in cts:
+        data = read({"label": str(ct)})
+        hu, regions = np.asarray(data["label"][0]), np.asarray(data["regions"][0])
+        for number, name in enumerate(contrasts):
+            for seed in range(seeds):
+                draw.set_random_state(100 * number + seed)
+                paths.append(folder / f"{ct.name.split('.')[0]}_{name.replace(' ', '_')}_{seed}.nii.gz")
+                mr = draw(hu, regions, (2.0, 2.0, 2.0), name)
+                nib.save(nib.Nifti1Image(mr.astype(np.int16), np.asarray(data["label"].affine)), paths[-1])
+    return paths
 
 
 def findings(paths: list[Any], **settings: Any) -> list[dict[str, Any] | str]:
@@ -72,7 +102,10 @@ def image_score(found: dict[str, Any] | str) -> float:
     return max(v for name, v in found["deviations"].items() if not name.endswith("spacing") and "field" not in name)
 
 
-def main(dataset_dir: str, split: str = "test", statistics: str | None = None, patients: int | None = None) -> None:
+def main(
+    dataset_dir: str, split: str = "test", statistics: str | None = None, patients: int | None = None,
+    held_out: str = "liver,chest_lidc",
+) -> None:  # fmt: skip
     settings = {"guard_statistics": statistics} if statistics else {}
     root = Path(dataset_dir)
     usual = [pair["image"] for pair in load_pairs(root / "datalist.json", root, [split, "training"])[split]][:patients]
@@ -80,7 +113,13 @@ def main(dataset_dir: str, split: str = "test", statistics: str | None = None, p
     for name in ("torso_mr", "torso_ct"):
         paths = sorted(path for path in (root / name).glob("*.nii.gz") if "labels" not in path.name)
         groups[name] = findings(paths, **settings)
+    cts = [root / "torso_ct" / f"{name}.nii.gz" for name in str(held_out).split(",")]
+    config = yaml.safe_load((ROOT / "configs" / "whole_body.yaml").read_text())["contrasts"]
     with tempfile.TemporaryDirectory() as scratch:
+        known = {name: config[name] for name in KNOWN.split(",")}
+        groups["known contrasts, simulated"] = findings(simulated(cts, known, Path(scratch)), **settings)
+        for name, contrast in ALONE.items():
+            groups[name] = findings(simulated(cts, {name: contrast}, Path(scratch)), **settings)
         for name, change in ALTERED.items():
             groups[name] = findings(list(altered(usual, change, Path(scratch))), **settings)
     scores, image_scores = (
@@ -93,7 +132,8 @@ def main(dataset_dir: str, split: str = "test", statistics: str | None = None, p
             for measure, value in found["deviations"].items() if value > LIMIT
         ]  # fmt: skip
         often = ", ".join(sorted(set(measures), key=measures.count, reverse=True)[:3])
-        areas = [f"{auroc(s[split], s[name]):.3f}" for s in (scores, image_scores)] if name != split else ["", ""]
+        alike = [split, "known contrasts, simulated"] if name in ALONE or name == "torso_mr" else [split]
+        areas = [f"{auroc(sum((s[n] for n in alike), []), s[name]):.3f}" for s in (scores, image_scores)]
         rate = f"{np.mean(np.array(values) > LIMIT):.0%}"
         each = " ".join(f"{value:.1f}" for value in sorted(values))
         print(f"{name:<46}{areas[0]:>7}{areas[1]:>7}{rate:>8}   {each}; {often}")

@@ -50,7 +50,7 @@ def synthesize(
         affine: of an array, 4 x 4, from voxels to RAS mm; instead of ``spacing``.
         device: ``cpu``, ``cuda`` or ``cuda:N``; a GPU if there is one when None.
         seed: of the noise.
-        num_samples: with two or more, their mean and their standard deviation.
+        num_samples: with two or more, their standard deviation too.
         settings: others of ``configs/inference.yaml``.
 
     Raises:
