@@ -2,7 +2,7 @@
 
     python benchmarks/samples.py --dataset_dir DIR [--split validation] [--steps 1,4,8,16] [--num_samples 8]
 
-Beside the one-step estimate: MAE, bone MAE, the difference of neighbouring slices over that of the CT, and the slope of the
+Beside the one-step estimate: MAE, bone MAE, the difference of neighbouring slices over that of the CT, the slope of the
 power spectrum (logarithm against logarithm, 8 to 50 mm) in the middle of the patient. Of the SD: the factor that fits
 it to the error on the same patients, how much of the error then lies in the 95 % interval, and the rank correlation.
 """
