@@ -19,6 +19,7 @@ from custom_modules.evaluation.uncertainty import coverage, fit_scale
 from custom_modules.files import inside, sha256, write_json
 from custom_modules.inference.guard import Measurements
 
+# contrasts of configs/whole_body.yaml on which the shipped weights are of use
 KNOWN = "t1_spin_echo,t1_in_phase,t1_opposed_phase,t2,proton_density"
 
 
