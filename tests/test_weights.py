@@ -100,6 +100,22 @@ def test_shipping_copies_the_weights_of_any_network_and_what_they_were_trained_w
     assert trained_with["mr_window"] == [0.0, 1250.0] and torch.equal(state["weight"], network.weight.half())
 
 
+def test_shipping_several_weights_ships_their_mean_and_refuses_others(tmp_path):
+    networks = [nn.Conv3d(1, 2, 3) for _ in range(2)]
+    for name, network in zip("ab", networks):
+        save_weights(network, tmp_path / f"{name}.pt", torch.float32, TRAINED_WITH)
+    ship(f"{tmp_path}/a.pt, {tmp_path}/b.pt", str(tmp_path / "model.pt"))
+    state, trained_with = read_weights(tmp_path / "model.pt")
+    torch.testing.assert_close(state["weight"], ((networks[0].weight + networks[1].weight) / 2).half())
+    assert trained_with["mr_window"] == [0.0, 1250.0]
+    save_weights(nn.Conv3d(1, 3, 3), tmp_path / "c.pt", torch.float32, TRAINED_WITH)
+    save_weights(networks[0], tmp_path / "d.pt", torch.float32, {**TRAINED_WITH, "mr_window": [0, 900]})
+    for name in "cd":
+        with pytest.raises(InputError, match=f"{name}.pt: of another network or other settings than .*a.pt"):
+            ship([f"{tmp_path}/a.pt", f"{tmp_path}/{name}.pt"], str(tmp_path / "other.pt"))
+    assert not (tmp_path / "other.pt").exists()
+
+
 def test_the_answer_is_the_sha256_of_the_file(tmp_path, network):
     path = tmp_path / "new" / "model.pt"
     assert save_weights(network, path) == hashlib.sha256(path.read_bytes()).hexdigest()

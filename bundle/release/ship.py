@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from bundle.calibrate import calibrate, guard
 from bundle.workflow import ROOT
+from custom_modules.errors import InputError
 from custom_modules.files import write_text
 from custom_modules.networks.weights import read_weights, save_weights
 
@@ -14,7 +19,7 @@ LIMIT = 25 * 10**6  # bytes; the model zoo accepts no larger file
 
 
 def ship(
-    checkpoint: str,
+    checkpoint: str | Sequence[str],
     output: str = str(ROOT / "models" / "model.pt"),
     dataset_dir: str | None = None,
     datalist: str | None = None,
@@ -26,11 +31,12 @@ def ship(
     ``calibration.json`` (validation split) and ``guard.json`` (training split) in the same folder.
 
     Args:
+        checkpoint: weights of a training; of several, joined by commas, the mean (model soups, Wortsman et al. 2022).
         dataset_dir: folder that the datalist's paths are relative to.
         datalist: MONAI datalist; DATASET_DIR/datalist.json when None.
         settings: of configs/inference.yaml, such as --device, for calibration and guard.
     """
-    state, trained_with = read_weights(checkpoint)
+    state, trained_with = mean_weights(checkpoint.split(",") if isinstance(checkpoint, str) else checkpoint)
     digest = save_weights(state, output, trained_with=trained_with)
     size = Path(output).stat().st_size
     write_text(f"{digest}  {Path(output).name}\n", output + ".sha256")
@@ -45,3 +51,22 @@ def ship(
         return
     calibrate(dataset_dir, datalist, path=str(folder / "calibration.json"), checkpoint=output, **settings)
     guard(dataset_dir, datalist, path=str(folder / "guard.json"), checkpoint=output, **settings)
+
+
+def mean_weights(checkpoints: Sequence[str]) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """Return the mean of the weights in several files, and what they were trained with.
+
+    Raises:
+        InputError: for files of different networks, or that were trained with other settings.
+    """
+    first, *others = [read_weights(path.strip()) for path in checkpoints]
+    for path, (state, trained_with) in zip(checkpoints[1:], others):
+        if trained_with != first[1] or {k: v.shape for k, v in state.items()} != {
+            k: v.shape for k, v in first[0].items()
+        }:
+            raise InputError(f"{path.strip()}: of another network or other settings than {checkpoints[0].strip()}")
+    states = [state for state, _ in (first, *others)]
+    mean = {
+        key: torch.stack([state[key].double() for state in states]).mean(0).to(value) for key, value in first[0].items()
+    }
+    return mean, first[1]
