@@ -12,6 +12,7 @@ import torch
 from conftest import ellipsoid, files_in, save, tiny_network
 from monai.data import MetaTensor
 
+from bundle.workflow import inference_workflow
 from custom_modules.errors import InputError
 from custom_modules.inference.guard import (
     MEASURES,
@@ -207,3 +208,15 @@ def test_strict_names_the_file_and_writes_nothing(tmp_path, infer, mr, stored):
 def test_the_guard_can_be_turned_off(tmp_path, infer, mr):
     infer(mr, tmp_path / "out", guard_statistics=None, **SMALL_WINDOWS)
     assert json.loads((tmp_path / "out" / "mr_sct.json").read_text())["guard"] is None
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    "name, alone", [("upper_abdomen", True), ("abdomen_t1_gre_siemens", False), ("abdomen_t2", False)]
+)
+def test_the_shipped_statistics_name_a_real_fat_only_image(real_data, name, alone):
+    """``upper_abdomen`` is the fat image of a Dixon method; the others are not."""
+    data = [{"image": str(real_data / "torso_mr" / f"{name}.nii.gz"), "output": ""}]
+    parser = inference_workflow(**{"dataset#data": data, "device": "$torch.device('cpu')"}).parser
+    found = parser.get_parsed_content("guard")(next(iter(parser.get_parsed_content("dataloader"))), None)
+    assert any("fat or of water alone" in warning for warning in found["warnings"]) == alone
