@@ -44,7 +44,7 @@ MEASURES = {
     "reconstruction error": ("", True),
 }
 LEAST_SD = {"share of a slice without signal": 0.01}
-HINTS = {"share of a slice without signal": "an image of fat or of water alone looks like that"}
+HINTS = {"share of a slice without signal": "an image of fat alone, of a Dixon method, looks like that"}
 
 
 def measure(batch: Mapping[str, Any], references: Sequence[Any] | None, network: nn.Module | None) -> dict[str, float]:
