@@ -212,7 +212,7 @@ def settings(device: str = "cpu", repeats: int = 3) -> None:
         "2 steps": ({"num_inference_steps": 2}, body),
         "4 steps": ({"num_inference_steps": 4}, body),
         "8 steps": ({"num_inference_steps": 8}, body),
-        "4 samples in one pass": ({"num_samples": 4}, body),
+        "4 samples of one step in one pass": ({"num_samples": 4, "sample_steps": 1}, body),
         "windows, each on its own": ({"sampling": "windows"}, body),
         "nothing skipped": ({}, everywhere),
         "bfloat16": ({"amp": True}, body),
