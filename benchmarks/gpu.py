@@ -19,30 +19,16 @@ import time
 from pathlib import Path
 
 import fire
-import matplotlib
 import torch
 from common import RESULTS, ROOT
 
+from bundle.compare.report import write_curves
 from bundle.train import RECIPES, run_stage
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 BENCH_SHARE = 0.15  # of the time, for the benchmarks
 BENCHES = (
     ["pipeline.py", "volumes", "--amp", "True"], ["pipeline.py", "volumes"], ["pipeline.py", "settings"], ["blocks.py"],
 )  # fmt: skip
-
-
-def curves(folder: Path) -> None:
-    """Draw the validation error of each stage against its minutes as ``curves.png``."""
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    for used in sorted(folder.glob("*/budget.json"), key=lambda path: path.stat().st_mtime):
-        minutes, _, errors = zip(*json.loads(used.read_text())["curve"])
-        axes.plot(minutes, errors, marker="o", markersize=3, label=used.parent.name)
-    axes.set(xlabel="minutes of the stage", ylabel="validation MAE, HU")
-    axes.legend()
-    figure.savefig(folder / "curves.png", dpi=120, bbox_inches="tight")
 
 
 def bench(folder: Path, device: str, until: float) -> None:
@@ -86,7 +72,8 @@ def main(
         )  # fmt: skip
         reading = max((time.monotonic() - started) / 60 - budget, 0.0)
         print(f"{stage.folder}: took {budget + reading:.1f} min", flush=True)
-    curves(folder)
+    used = [json.loads((folder / stage.folder / "budget.json").read_text()) for stage in stages]
+    write_curves({recipe: {"stages": used}}, {recipe: recipe}, folder)
     bench(folder, where, until)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from monai.data import MetaTensor
 from monai.transforms import Compose, Orientationd
 from tqdm import tqdm
 
@@ -13,6 +15,9 @@ from custom_modules.data.pairs import load_pairs
 from custom_modules.data.volumes import ReadVolumed, write_volume
 from custom_modules.errors import InputError
 from custom_modules.files import inside, writable_or_stop, write_json
+
+LARGEST = 32767
+SUITABLE, MIDDLE = (200.0, 8000.0), 4000.0  # 99th percentiles of an MR; the middle is none that counts as standardised
 
 
 def pack(
@@ -37,13 +42,17 @@ def pack(
         step: HU and MR units, of which values are made multiples; noise takes most of the room, and 8 halves it.
 
     Raises:
-        InputError: for a datalist without one of the splits, or a volume that cannot be read.
+        InputError: for a datalist without one of the splits, two entries of one name, or a volume that cannot be read.
     """
     if not 0.1 <= spacing <= 20 or not 1 <= step <= 100:
         raise InputError("--spacing must be 0.1 to 20 mm, --step 1 to 100")
     names = [name.strip() for name in splits.split(",")] if isinstance(splits, str) else list(splits)
     path = Path(datalist or Path(dataset_dir) / "datalist.json")
     found = load_pairs(path, dataset_dir, names, unpaired=True)
+    patients = [pair["patient"] for pairs in found.values() for pair in pairs]
+    twice = sorted({patient for patient in patients if patients.count(patient) > 1})
+    if twice:
+        raise InputError(f"{path}: patient {', '.join(twice)} more than once; give each entry a 'patient' of its own")
     folder = Path(writable_or_stop(output_dir))
     packed: dict[str, list[dict[str, str]]] = {split: [] for split in found}
     with tqdm(total=sum(map(len, found.values())), desc="packing", unit="patient") as bar:
@@ -71,5 +80,12 @@ def _packed(pair: dict[str, str], folder: Path, spacing: float, step: int) -> di
             files[key] = f"{pair['patient']}/{name}.nii.gz"
             target = inside(folder, files[key])
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_volume((data[key] / step).round().mul(step).short(), target)
+            volume = _scaled(data[key]) if key == "image" else data[key]
+            write_volume((volume / step).round().mul(step).clamp(-LARGEST, LARGEST).short(), target)
     return files
+
+
+def _scaled(mr: MetaTensor) -> MetaTensor:
+    """Bring an MR whose units do not suit 16 bit to some that do; training rescales it either way."""
+    top = float(np.percentile(np.asarray(mr), 99))
+    return mr if SUITABLE[0] <= top <= SUITABLE[1] or top <= 0 else mr * (MIDDLE / top)

@@ -60,6 +60,29 @@ def test_a_step_rounds_and_saves_room(data, tmp_path):
     assert set(json.loads((tmp_path / "8" / "datalist.json").read_text())) == {"training"}
 
 
+@pytest.mark.parametrize("factor", [1e-3, 1.0, 60.0])
+def test_an_mr_in_any_units_keeps_its_contrast(data, tmp_path, factor):
+    source = nib.load(data / "p0/mr.nii.gz")
+    save(tmp_path / "mr.nii.gz", source.get_fdata(dtype=np.float32) * factor, source.affine)
+    save(tmp_path / "ct.nii.gz", nib.load(data / "p0/ct.nii.gz").get_fdata(dtype=np.float32), source.affine)
+    entry = {"image": "mr.nii.gz", "label": "ct.nii.gz", "patient": "p"}
+    (tmp_path / "datalist.json").write_text(json.dumps({"training": [entry]}))
+    pack(str(tmp_path), str(tmp_path / "out"), splits="training", spacing=4.0)
+    packed = nib.load(tmp_path / "out" / "p" / "mr.nii.gz").get_fdata()
+    original = nib.as_closest_canonical(source).get_fdata()
+    top = [np.percentile(volume, 99) for volume in (packed, original)]
+    np.testing.assert_allclose(packed / top[0], original / top[1], atol=0.005)
+
+
+def test_two_entries_of_one_name_are_refused(data, tmp_path):
+    splits = json.loads((data / "datalist.json").read_text())
+    splits["validation"][0]["patient"] = "patient 0"
+    (tmp_path / "datalist.json").write_text(json.dumps(splits))
+    with pytest.raises(InputError, match="patient 0 more than once"):
+        pack(str(data), str(tmp_path / "out"), str(tmp_path / "datalist.json"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

@@ -18,9 +18,9 @@ MUSCLES = ("muscle", "gluteus", "autochthon", "iliopsoas", "quadriceps", "sartor
 # the tissues that data/simulation.py knows, and words in the names of their TotalSegmentator classes; bone, air and fat
 # show in the HU
 TISSUE_WORDS: dict[str, tuple[str, ...]] = {
-    "liver": ("liver",), "spleen": ("spleen",), "kidney": ("kidney",), "pancreas": ("pancreas",),
-    "blood": ("aorta", "vena", "vein", "artery", "trunk", "heart", "atri", "ventricle"),
-    "brain": ("brain", "spinal_cord"), "fluid": ("bladder", "cyst"), "muscle": MUSCLES,
+    "fluid": ("bladder", "cyst"), "liver": ("liver",), "spleen": ("spleen",), "kidney": ("kidney",),
+    "pancreas": ("pancreas",), "blood": ("aorta", "vena", "vein", "artery", "trunk", "heart", "atri", "ventricle"),
+    "brain": ("brain", "spinal_cord"), "muscle": MUSCLES,
 }  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def organ_tissues(path: str | Path, ct: MetaTensor) -> np.ndarray:
     table = np.zeros(int(labels.max()) + 1, dtype=np.uint8)
     for label in range(1, len(table)):
         words = enumerate(TISSUE_WORDS.values(), start=1)
-        table[label] = next((n for n, some in words if any(word in names.get(label, "") for word in some)), 0)
+        table[label] = next((n for n, some in words if any(word in names.get(label, "").lower() for word in some)), 0)
     to_labels = np.linalg.inv(np.asarray(volume.affine)) @ np.asarray(ct.affine)
     return ndimage.affine_transform(
         table[labels], to_labels[:3, :3], to_labels[:3, 3], output_shape=tuple(ct.shape[1:]), order=0

@@ -65,10 +65,12 @@ class WindowInferer(LatentSampler):
         if not inside.any():
             return ct
         z_mr = network.encode(image[inside], "MR")
+        with self._autocast(z_mr.device):
+            context = network.condition(z_mr)
 
         def sample(noise: Tensor, steps: int) -> Tensor:
+            condition = [torch.cat([part] * (len(noise) // len(z_mr))) for part in context]
             with self._autocast(z_mr.device):
-                condition = network.condition(z_mr.repeat(len(noise) // len(z_mr), 1, 1, 1, 1))
                 return network.schedule.sample(lambda z, t: network.predict(z, t, condition), noise.to(z_mr), steps)
 
         # one generator per sample, so that its noise does not depend on the batch size of windows
