@@ -170,9 +170,12 @@ class WholeVolumeInferer(LatentSampler):
 
     def _synthesize(self, mr: Tensor, body: Tensor, network: Synthesizer, generators: list[torch.Generator]) -> Tensor:
         body = (F.max_pool3d(body, network.autoencoder.downsampling)[0, 0] > 0).to(network.device)
-        z_mr = self._encode(mr, network, body)
-        z = torch.cat(self._draw(z_mr.shape, generators, lambda z, n: self._sample(z_mr, z.to(z_mr), n, network, body)))
-        return self._decode(z, mr, network, body)
+        z_mr, air = self._encode(mr, network, body), functools.cache(network.air_latent)  # encoding air takes a while
+
+        def sample(noise: Tensor, steps: int) -> Tensor:
+            return self._sample(z_mr, noise.to(z_mr), steps, network, body, air)
+
+        return self._decode(torch.cat(self._draw(z_mr.shape, generators, sample)), mr, network, body)
 
     def _tiles(self, body: Tensor, network: Synthesizer, voxels: int, grid: int, reach: int = 0) -> list[tuple]:
         """Return tiles of the latent that cover at most ``voxels`` of the image, halo included, and start on ``grid``;
@@ -203,9 +206,17 @@ class WholeVolumeInferer(LatentSampler):
 
         return halve_when_out_of_memory(encode, self._tile_voxels(device, TILE_BYTES), LEAST_TILE, "voxels")
 
-    def _sample(self, z_mr: Tensor, noise: Tensor, steps: int, network: Synthesizer, body: Tensor) -> Tensor:
-        """Return CT latents (K, c, d, h, w) from the ``noise`` of the same shape (Eqs. 13 and 14)."""
-        air = functools.cache(network.air_latent)  # encoding air takes a while
+    def _sample(
+        self,
+        z_mr: Tensor,
+        noise: Tensor,
+        steps: int,
+        network: Synthesizer,
+        body: Tensor,
+        air: Callable[[], Tensor],
+    ) -> Tensor:
+        """Return CT latents (K, c, d, h, w) from the ``noise`` of the same shape (Eqs. 13 and 14), with that of ``air``
+        in tiles without body."""
 
         def sample(voxels: int) -> Tensor:
             parts = self._tiles(body, network, voxels, network.denoiser.window)
