@@ -3,10 +3,14 @@
     python benchmarks/simulation.py --dataset_dir DIR [--torso CT]
 
 Of the validation patients, whose MR is T1-weighted, the MR is simulated from their own CT, too. Writes
-docs/figures/simulation.png.
+docs/figures/simulation.png. Of the training patients: how the signal within bones falls with HU, for several HU at which
+none is left (``cortical_hu``).
 """
 
 from __future__ import annotations
+
+import itertools
+from typing import Any
 
 import fire
 import matplotlib
@@ -16,14 +20,16 @@ from common import ROOT, publish
 from scipy import ndimage
 
 from custom_modules.data.pairs import load_pairs
-from custom_modules.data.simulation import SimulateMR, SimulateMRd
+from custom_modules.data.simulation import MARROW, SimulateMR, SimulateMRd
 from custom_modules.data.transforms import Preprocess
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+PAGE = ROOT / "docs/whole_body.md"
 SPACING, REFERENCE = (2.0, 2.0, 2.0), 1050.0
 TISSUES = {"fat": (-130, -70), "muscle": (30, 80), "spongy bone and marrow": (150, 400), "cortical bone": (800, 3000)}
+BONE_HU, CORTICAL_HU = (120, 200, 300, 400, 500, 600, 800), (500, 600, 800, 1000, 1300)
 SHOWN = ("t1_spin_echo", "t1_in_phase", "t1_opposed_phase", "t2", "t1_fat_suppressed")
 
 
@@ -31,10 +37,10 @@ def read(item: dict[str, str]) -> dict:
     return Preprocess(SPACING, label=True, mr_reference=REFERENCE, regions=True)(item)
 
 
-def simulated(data: dict, contrast: str, seed: int = 0) -> np.ndarray:
+def simulated(data: dict, contrast: str, seed: int = 0, **settings: Any) -> np.ndarray:
     """The simulated MR of an item that :func:`read` has read, on the networks' scale."""
     contrasts = yaml.safe_load((ROOT / "configs/whole_body.yaml").read_text())["contrasts"]
-    make = SimulateMRd(SimulateMR(contrasts, thick_slices=0.0), REFERENCE, contrast, seed)
+    make = SimulateMRd(SimulateMR(contrasts, thick_slices=0.0, **settings), REFERENCE, contrast, seed)
     return np.asarray(make({key: data[key] for key in ("label", "regions", "patient")})["image"][0])
 
 
@@ -45,7 +51,8 @@ def values(volume: np.ndarray, ct: np.ndarray, window: tuple[float, float]) -> n
 
 
 def main(dataset_dir: str, torso: str | None = None) -> None:
-    patients = [read(pair) for pair in load_pairs(f"{dataset_dir}/datalist.json", dataset_dir)["validation"]]
+    pairs = load_pairs(f"{dataset_dir}/datalist.json", dataset_dir)
+    patients = [read(pair) for pair in pairs["validation"]]
     found: dict[str, dict[str, list[np.ndarray]]] = {name: {"real": [], "simulated": []} for name in TISSUES}
     for data in patients:
         ct = np.asarray(data["label"][0])
@@ -60,8 +67,32 @@ def main(dataset_dir: str, torso: str | None = None) -> None:
             low, middle, high = np.percentile(np.concatenate(parts), (10, 50, 90))
             row[f"{kind}, median (10 to 90 %)"] = f"{middle:.0f} ({low:.0f} to {high:.0f})"
         rows.append(row)
-    publish("simulation", rows, list(rows[0]))
+    publish("simulation", rows, list(rows[0]), page=PAGE)
+    rows = bones([read(pair) for pair in pairs["training"]])
+    publish("simulation_bones", rows, list(rows[0]), page=PAGE)
     draw(patients[0], found, read({"label": torso, "patient": "torso"}) if torso else None)
+
+
+def bones(patients: list[dict]) -> list[dict[str, Any]]:
+    """Median of the MR inside of bones by the HU of the CT, over all patients, relative to that at the lowest HU: a row
+    for the real MRs and one for each ``cortical_hu``."""
+    marrow = [np.asarray(data["regions"][0]) == MARROW for data in patients]
+    hu, windows = inside([data["label"] for data in patients], marrow), list(itertools.pairwise(BONE_HU))
+
+    def row(name: str, volumes: list[np.ndarray]) -> dict[str, Any]:
+        signal = inside(volumes, marrow)
+        medians = [float(np.median(signal[(hu >= low) & (hu < high)])) for low, high in windows]
+        return {"MR": name} | {f"{low} to {high} HU": m / medians[0] for (low, high), m in zip(windows, medians)}
+
+    rows = [row("real", [data["image"] for data in patients])]
+    for cortical in CORTICAL_HU:
+        volumes = [simulated(data, "t1_spin_echo", cortical_hu=(cortical, cortical))[None] for data in patients]
+        rows.append(row(f"simulated, no signal at {cortical} HU", volumes))
+    return rows
+
+
+def inside(volumes: list[np.ndarray], masks: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.asarray(volume[0])[mask] for volume, mask in zip(volumes, masks)])
 
 
 def draw(limb: dict, found: dict, torso: dict | None) -> None:

@@ -203,7 +203,8 @@ class SimulateMR(Randomizable):
         contrasts: by name, the fields of :class:`Contrast` and ``share``, how often it is drawn.
         organs: range of the share of regions of unknown tissue that are no muscle.
         cortical_hu: range of the HU at which a voxel has no signal; below that of cortical bone, because the field
-            around mineral is not even.
+            around mineral is not even. 800 fits real limbs (benchmarks/simulation.py).
+        marrow_fat: range of the share of fat in marrow; each bone has its own.
         relaxation: relative SD of relaxation times and proton densities between patients.
         dephasing: range of R2' of soft tissue in 1/s.
         trabecular: range of the factor on it in trabecular bone, which distorts the field (Wehrli et al. 1991,
@@ -218,7 +219,8 @@ class SimulateMR(Randomizable):
         self,
         contrasts: Mapping[str, Mapping[str, Any]],
         organs: Range = (0.0, 0.4),
-        cortical_hu: Range = (600, 1300),
+        cortical_hu: Range = (500, 1000),
+        marrow_fat: Range = (0.3, 0.9),
         relaxation: float = 0.12,
         dephasing: Range = (5, 25),
         trabecular: Range = (1, 5),
@@ -236,9 +238,8 @@ class SimulateMR(Randomizable):
             for name, settings in contrasts.items()
         }
         self.shares = np.array(list(shares.values()), float) / sum(shares.values())
-        self.organs, self.cortical_hu, self.relaxation, self.dephasing, self.trabecular = (
-            organs, cortical_hu, relaxation, dephasing, trabecular
-        )  # fmt: skip
+        self.organs, self.cortical_hu, self.marrow_fat = organs, cortical_hu, marrow_fat
+        self.relaxation, self.dephasing, self.trabecular = relaxation, dephasing, trabecular
         self.lung, self.shading, self.noise = lung, shading, noise
         self.slice_thickness, self.thick_slices = slice_thickness, thick_slices
 
@@ -299,8 +300,9 @@ class SimulateMR(Randomizable):
         water = np.array([muscle if kind == "muscle" else signal(kind) for kind in kinds])
         water = water * np.exp(0.4 * self.relaxation * self.R.standard_normal(count))  # between muscles
         water[MARROW], water[SURFACE] = signal("marrow", spongy), muscle
-        marrow_fat = self._draw((0.3, 0.9))
-        fat_share = np.where(parts.marrow, np.maximum(parts.fat, marrow_fat), parts.fat)
+        bones, number = ndimage.label(parts.marrow)
+        marrow_fat = np.concatenate([[0.0], self.R.uniform(*self.marrow_fat, number)])[bones]  # 0 outside of marrow
+        fat_share = np.maximum(parts.fat, marrow_fat)
         fat = fat_signal * signal("fat") * np.where(parts.marrow, np.exp(-echo * (spongy - 1) * dephasing), 1.0)
         water_signal = ndimage.gaussian_filter(water[regions].astype(np.float32), 0.5) * (1 - fat_share)
         both = self._draw(contrast.water_signal) * water_signal + fat * fat_share * np.exp(2j * np.pi * phase)

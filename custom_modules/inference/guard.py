@@ -25,6 +25,7 @@ HISTOGRAM = np.linspace(-1, 1, 33)  # bin edges, normalised MR
 CROP = 64  # voxels per side of what the autoencoder reconstructs
 MARGIN = 6.0  # mm by which BodyMaskd widens the body
 SD_FLOOR = 0.05  # of the mean: a measure that is equal in all training patients (the spacing) may differ by this much
+UNDER_SKIN = MARGIN + 2, MARGIN + 8  # mm of depth, where there is fat
 LIMIT = 3.0  # standard deviations from the training patients
 NO_SIGNAL = 0.04  # of the brightest signal in the body, below which a voxel has none
 
@@ -39,12 +40,16 @@ MEASURES = {
     "body fraction": ("", False),
     "distance of the intensity histogram": ("", True),
     "share of a slice without signal": ("", True),
+    "signal under the skin": ("", False),
     "detail, foot to head over in-plane": ("", False),
     "detail, left to right over back to front": ("", False),
     "reconstruction error": ("", True),
 }
 LEAST_SD = {"share of a slice without signal": 0.01}
-HINTS = {"share of a slice without signal": "an image of fat alone, of a Dixon method, looks like that"}
+HINTS = {
+    "share of a slice without signal": "an image of fat alone, of a Dixon method, looks like that",
+    "signal under the skin": "an image of water alone, or one with fat suppressed, looks like that",
+}
 
 
 def measure(batch: Mapping[str, Any], references: Sequence[Any] | None, network: nn.Module | None) -> dict[str, float]:
@@ -70,6 +75,7 @@ def measure(batch: Mapping[str, Any], references: Sequence[Any] | None, network:
         max(inside.sum(), 1) * grid.prod() / extent.prod(),
         None if references is None else histogram_distance(histogram(image, inside), references),
         _without_signal(image, inside),
+        _under_the_skin(image, body > 0.5, inside, grid),
         2 * detail[2] / (detail[0] + detail[1]),
         detail[0] / detail[1],
         _reconstruction_error(image, inside, network) if hasattr(network, "autoencoder") else None,
@@ -111,6 +117,17 @@ def _without_signal(image: np.ndarray, inside: np.ndarray) -> float:
     body = inside.sum(axis=(0, 1))
     slices = body > 0.2 * body.max()
     return float(np.percentile(dark.sum(axis=(0, 1))[slices] / body[slices], 10))
+
+
+def _under_the_skin(image: np.ndarray, body: np.ndarray, inside: np.ndarray, spacing: np.ndarray) -> float | None:
+    """Return the signal under the skin, where most people have some fat, as a share of the brightest of the body; None
+    where no skin is in the field of view."""
+    if body.all():
+        return None
+    depth = ndimage.distance_transform_edt(body, sampling=spacing)
+    layer = image[(depth > UNDER_SKIN[0]) & (depth <= UNDER_SKIN[1])]
+    brightest = np.percentile(image[inside], 99) + 1
+    return max(float(np.percentile(layer, 75) + 1) / max(float(brightest), 1e-6), 1e-3) if layer.size else None
 
 
 def _detail(image: np.ndarray, inside: np.ndarray, axis: int) -> float:
@@ -157,8 +174,10 @@ class Measurements:
             others = self.histograms[:number] + self.histograms[number + 1 :]
             values["distance of the intensity histogram"] = histogram_distance(self.histograms[number], others)
         measures = {}
-        for name in (n for n in MEASURES if n in self.measured[0]):
-            values = np.array([each[name] for each in self.measured])
+        for name in MEASURES:
+            values = np.array([each[name] for each in self.measured if name in each])
+            if len(values) < 2:
+                continue
             scaled = _scaled(name, values)
             floor = max(SD_FLOOR * (scaled.mean() if MEASURES[name][1] else 1), LEAST_SD.get(name, 0.0))
             measures[name] = {
