@@ -3,8 +3,8 @@
     python benchmarks/simulation.py --dataset_dir DIR [--torso CT]
 
 Of the validation patients, whose MR is T1-weighted, the MR is simulated from their own CT, too. Writes
-docs/figures/simulation.png. Of the training patients: how the signal within bones falls with HU, for several HU at which
-none is left (``cortical_hu``).
+docs/figures/simulation.png. Of the training patients: how the signal within bones falls with HU, for several HU at
+which none is left (``cortical_hu``).
 """
 
 from __future__ import annotations
