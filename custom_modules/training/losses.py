@@ -35,7 +35,7 @@ class AutoencoderLoss(nn.Module):
         adversary: Adversary | None = None,
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
         perceptual_weight: float = 1e-3,
-        pooled_modality: bool = False,
+        pooled_modality: bool = True,
     ) -> None:
         super().__init__()
         self.kl_weight, self.disentanglement_weight = kl_weight, disentanglement_weight
