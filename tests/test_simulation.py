@@ -118,6 +118,26 @@ def test_regions_part_bone_from_soft_tissue_and_leave_bright_vessels():
     assert len(np.unique(regions)) > 4  # organs in the muscle
 
 
+def test_each_bone_has_marrow_of_its_own():
+    ct = np.full((60, 40, 40), MUSCLE, np.float32)
+    for start in (6, 34):
+        ct[start : start + 20, 10:30, 10:30] = BONE
+        ct[start + 4 : start + 16, 14:26, 14:26] = 100.0  # between muscle and spongy bone
+    regions = tissue_regions(ct, np.ones(ct.shape, bool), SPACING)
+
+    def ratio(seed: int, **settings) -> float:
+        simulate = plain(**settings)
+        simulate.set_random_state(seed)
+        mr = simulate(ct, regions, SPACING, "t1_spin_echo")
+        first, second = mr[13:19, 17:23, 17:23], mr[41:47, 17:23, 17:23]
+        assert first.std() < 0.01 * first.mean() and second.std() < 0.01 * second.mean()
+        return float(first.mean() / second.mean())
+
+    ratios = [ratio(seed) for seed in range(6)]
+    assert min(ratios) < 0.98 and max(ratios) > 1.02
+    assert ratio(0, marrow_fat=(0.6, 0.6)) == pytest.approx(1)
+
+
 def test_a_seed_gives_one_mr_and_another_seed_another():
     (ct, regions), simulate = blocks_and_regions(), SimulateMR(CONTRASTS)
     made = []

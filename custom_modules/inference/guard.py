@@ -48,7 +48,7 @@ MEASURES = {
 LEAST_SD = {"share of a slice without signal": 0.01}
 HINTS = {
     "share of a slice without signal": "an image of fat alone, of a Dixon method, looks like that",
-    "signal under the skin": "an image of water alone, or one with fat suppressed, looks like that",
+    "signal under the skin": "an image of water alone, or one with fat suppressed or strong shading, looks like that",
 }
 
 
