@@ -188,7 +188,7 @@ def test_troubleshooting_names_every_measure_of_the_guard_and_only_messages_that
     text = (ROOT / "docs" / "troubleshooting.md").read_text()
     guard = (ROOT / "custom_modules" / "inference" / "guard.py").read_text()
     measures = re.findall(r'^    "(.+?)": \("', guard, re.MULTILINE)
-    assert len(measures) == 11 and all(f"`{measure}`" in text for measure in measures)
+    assert len(measures) == 12 and all(f"`{measure}`" in text for measure in measures)
     code = "".join(
         path.read_text() for folder in ("custom_modules", "bundle") for path in (ROOT / folder).rglob("*.py")
     )
