@@ -18,6 +18,7 @@ from custom_modules.inference.guard import (
     MEASURES,
     Guard,
     Measurements,
+    _depth,
     _detail,
     _under_the_skin,
     _without_margin,
@@ -74,8 +75,9 @@ def test_geometry_is_that_of_the_grid_it_was_read_on():
 def test_the_margin_of_the_body_is_taken_off_but_not_at_the_edge_of_the_field_of_view():
     body = np.zeros((20, 20, 20), bool)
     body[:12] = True
-    assert np.array_equal(np.flatnonzero(_without_margin(body, np.full(3, 2.0))[:, 5, 5]), np.arange(9))
-    assert _without_margin(np.ones((4, 4, 4), bool), np.full(3, 2.0)).all()
+    assert np.array_equal(np.flatnonzero(_without_margin(body, _depth(body, np.full(3, 2.0)))[:, 5, 5]), np.arange(9))
+    whole = np.ones((4, 4, 4), bool)
+    assert _without_margin(whole, _depth(whole, np.full(3, 2.0))).all()
 
 
 def test_histogram_distance_worked_out_by_hand():
@@ -117,9 +119,11 @@ def cylinder(fat: float, flesh: float) -> tuple[np.ndarray, np.ndarray]:
 def test_the_signal_under_the_skin_is_that_of_fat():
     for fat, flesh, expected in ((0.6, -0.2, 1), (-0.6, 0.6, 0.25)):
         image, body = cylinder(fat, flesh)
-        inside = _without_margin(body, np.full(3, 2.0))
-        assert _under_the_skin(image, body, inside, np.full(3, 2.0)) == pytest.approx(expected, abs=0.01)
-    assert _under_the_skin(image, np.ones_like(body), inside, np.full(3, 2.0)) is None  # a field of view without skin
+        depth = _depth(body, np.full(3, 2.0))
+        inside = _without_margin(body, depth)
+        assert _under_the_skin(image, inside, depth) == pytest.approx(expected, abs=0.01)
+    whole = np.ones_like(body)
+    assert _under_the_skin(image, whole, _depth(whole, np.full(3, 2.0))) is None  # a field of view without skin
 
 
 def test_an_image_of_water_alone_is_named(network, tmp_path):

@@ -64,7 +64,8 @@ def measure(batch: Mapping[str, Any], references: Sequence[Any] | None, network:
     image, body = (np.asarray(batch[key])[0, 0] for key in ("image", "body"))
     affine, shape = (np.asarray(batch["image"].meta[key]).reshape(s) for key, s in _SOURCE)
     grid = np.linalg.norm(_first(batch["image"].affine)[:3, :3], axis=0)
-    inside = _without_margin(body > 0.5, grid)
+    depth = _depth(body > 0.5, grid)
+    inside = _without_margin(body > 0.5, depth)
     extent = nib.affines.voxel_sizes(affine) * shape
     right, front, head = extent[np.argsort(nib.io_orientation(affine)[:, 0])]
     detail = [_detail(image, inside, axis) for axis in range(3)]
@@ -75,7 +76,7 @@ def measure(batch: Mapping[str, Any], references: Sequence[Any] | None, network:
         max(inside.sum(), 1) * grid.prod() / extent.prod(),
         None if references is None else histogram_distance(histogram(image, inside), references),
         _without_signal(image, inside),
-        _under_the_skin(image, body > 0.5, inside, grid),
+        _under_the_skin(image, inside, depth),
         2 * detail[2] / (detail[0] + detail[1]),
         detail[0] / detail[1],
         _reconstruction_error(image, inside, network) if hasattr(network, "autoencoder") else None,
@@ -90,11 +91,16 @@ def _first(affine: Any) -> np.ndarray:
     return np.asarray(affine).reshape(-1, 4, 4)[0]
 
 
-def _without_margin(body: np.ndarray, spacing: np.ndarray) -> np.ndarray:
-    """Return the body without the margin that the mask was widened by; with it where nothing would be left."""
+def _depth(body: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """Return how many mm each voxel of the body is from what is outside; infinite where the body fills the image."""
     if body.all():
-        return body
-    inside = ndimage.distance_transform_edt(body, sampling=spacing) > MARGIN
+        return np.full(body.shape, np.inf)
+    return ndimage.distance_transform_edt(body, sampling=spacing)
+
+
+def _without_margin(body: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    """Return the body without the margin that the mask was widened by; with it where nothing would be left."""
+    inside = depth > MARGIN
     return inside if inside.any() else body
 
 
@@ -113,21 +119,24 @@ def histogram_distance(shares: Sequence[float] | np.ndarray, references: Sequenc
 def _without_signal(image: np.ndarray, inside: np.ndarray) -> float:
     """Return the share of the body that gives no signal in those axial slices that have least of it, the 10 % quantile.
     Lung, bowel gas and cortical bone give none either, but not in every slice."""
-    dark = inside & (image + 1 < NO_SIGNAL * (np.percentile(image[inside], 99) + 1))
+    dark = inside & (image + 1 < NO_SIGNAL * _brightest(image, inside))
     body = inside.sum(axis=(0, 1))
     slices = body > 0.2 * body.max()
     return float(np.percentile(dark.sum(axis=(0, 1))[slices] / body[slices], 10))
 
 
-def _under_the_skin(image: np.ndarray, body: np.ndarray, inside: np.ndarray, spacing: np.ndarray) -> float | None:
+def _brightest(image: np.ndarray, inside: np.ndarray) -> float:
+    """Return the brightest signal of the body, its 99th percentile above the -1 of no signal."""
+    return float(np.percentile(image[inside], 99)) + 1
+
+
+def _under_the_skin(image: np.ndarray, inside: np.ndarray, depth: np.ndarray) -> float | None:
     """Return the signal under the skin, where most people have some fat, as a share of the brightest of the body; None
     where no skin is in the field of view."""
-    if body.all():
-        return None
-    depth = ndimage.distance_transform_edt(body, sampling=spacing)
     layer = image[(depth > UNDER_SKIN[0]) & (depth <= UNDER_SKIN[1])]
-    brightest = np.percentile(image[inside], 99) + 1
-    return max(float(np.percentile(layer, 75) + 1) / max(float(brightest), 1e-6), 1e-3) if layer.size else None
+    if not layer.size:
+        return None
+    return max((float(np.percentile(layer, 75)) + 1) / max(_brightest(image, inside), 1e-6), 1e-3)
 
 
 def _detail(image: np.ndarray, inside: np.ndarray, axis: int) -> float:
@@ -165,7 +174,7 @@ class Measurements:
         self.measured.append(measure(batch, None, self.network))
         image, body = (np.asarray(batch[key])[0, 0] for key in ("image", "body"))
         grid = np.linalg.norm(_first(batch["image"].affine)[:3, :3], axis=0)
-        self.histograms.append(histogram(image, _without_margin(body > 0.5, grid)))
+        self.histograms.append(histogram(image, _without_margin(body > 0.5, _depth(body > 0.5, grid))))
 
     def statistics(self) -> dict[str, Any]:
         """Return the histograms, and for each measure its range, and its mean and SD on the scale on which it is
