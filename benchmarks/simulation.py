@@ -77,22 +77,22 @@ def bones(patients: list[dict]) -> list[dict[str, Any]]:
     """Median of the MR inside of bones by the HU of the CT, over all patients, relative to that at the lowest HU: a row
     for the real MRs and one for each ``cortical_hu``."""
     marrow = [np.asarray(data["regions"][0]) == MARROW for data in patients]
-    hu, windows = inside([data["label"] for data in patients], marrow), list(itertools.pairwise(BONE_HU))
+    hu, windows = inside([data["label"][0] for data in patients], marrow), list(itertools.pairwise(BONE_HU))
 
     def row(name: str, volumes: list[np.ndarray]) -> dict[str, Any]:
         signal = inside(volumes, marrow)
         medians = [float(np.median(signal[(hu >= low) & (hu < high)])) for low, high in windows]
         return {"MR": name} | {f"{low} to {high} HU": m / medians[0] for (low, high), m in zip(windows, medians)}
 
-    rows = [row("real", [data["image"] for data in patients])]
+    rows = [row("real", [data["image"][0] for data in patients])]
     for cortical in CORTICAL_HU:
-        volumes = [simulated(data, "t1_spin_echo", cortical_hu=(cortical, cortical))[None] for data in patients]
+        volumes = [simulated(data, "t1_spin_echo", cortical_hu=(cortical, cortical)) for data in patients]
         rows.append(row(f"simulated, no signal at {cortical} HU", volumes))
     return rows
 
 
 def inside(volumes: list[np.ndarray], masks: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.asarray(volume[0])[mask] for volume, mask in zip(volumes, masks)])
+    return np.concatenate([np.asarray(volume)[mask] for volume, mask in zip(volumes, masks)])
 
 
 def draw(limb: dict, found: dict, torso: dict | None) -> None:

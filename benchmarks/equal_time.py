@@ -1,0 +1,41 @@
+"""Validation error against minutes of the systems that were trained equally long, and what they score beside the U-Net.
+
+    python benchmarks/equal_time.py
+
+Draws docs/figures/equal_time.png from the records of ``wldm compare`` in docs/results/one_core, and prints the means
+over the test patients with the two-sided p of Wilcoxon's paired test against the U-Net.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import wilcoxon
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bundle.compare.command import SYSTEMS  # noqa: E402
+from bundle.compare.report import SCORES, write_curves  # noqa: E402
+from bundle.workflow import ROOT  # noqa: E402
+
+RECORDS = ROOT / "docs" / "results" / "one_core"
+TITLES = {name: system.title for name, system in SYSTEMS.items()} | {"full_voxelwise": "3D-WLDM, L_D voxel by voxel"}
+
+
+def main() -> None:
+    found = {path.stem: json.loads(path.read_text()) for path in RECORDS.glob("*.json")}
+    records = {name: found[name] for name in TITLES if name in found}
+    if curves := write_curves(records, TITLES, RECORDS):
+        curves.replace(ROOT / "docs" / "figures" / "equal_time.png")
+    for name, record in records.items():
+        print(TITLES[name])
+        for score in SCORES:
+            own, unet = ([row[score] for row in r["rows"]] for r in (record, records["unet"]))
+            p = "" if name == "unet" else f"p {wilcoxon(own, unet).pvalue:.3f}"
+            print(f"  {score:<26}{np.mean(own):9.3f}  {p}")
+
+
+if __name__ == "__main__":
+    main()
