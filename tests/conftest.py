@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import resource
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow
@@ -262,6 +265,31 @@ def infer_command(checkpoint: Path) -> Callable[..., subprocess.CompletedProcess
     return run
 
 
+@contextmanager
+def ends_within(seconds: float) -> Iterator[None]:
+    """Unless the block is done in time, print where every thread stands and kill the processes that this one started: a
+    browser or a worker that does not answer must not hold up a run whose tests are done."""
+
+    def kill() -> None:
+        faulthandler.dump_traceback(all_threads=True)
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+
+    timer = threading.Timer(seconds, kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish() -> Iterator[None]:
+    with ends_within(60):
+        return (yield)
+
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 
@@ -299,16 +327,19 @@ def chromium() -> Iterator[Callable[..., Any]]:
     if CHROMIUM is None:
         pytest.skip("needs Chromium on the path (Debian: apt-get install chromium)")
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (requirements-dev.txt)")
-    with sync_api.sync_playwright() as playwright:
-        gl = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"]
-        yield lambda *flags: playwright.chromium.launch(executable_path=CHROMIUM, args=[*gl, *flags])
+    playwright = sync_api.sync_playwright().start()
+    gl = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"]
+    yield lambda *flags: playwright.chromium.launch(executable_path=CHROMIUM, args=[*gl, *flags])
+    with ends_within(60):
+        playwright.stop()
 
 
 @pytest.fixture(scope="session")
 def browser(chromium) -> Iterator[Any]:
     made = chromium()
     yield made
-    made.close()
+    with ends_within(60):
+        made.close()
 
 
 @pytest.fixture
