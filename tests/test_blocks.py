@@ -114,12 +114,41 @@ def test_depthwise_convolution_without_gradients_gives_the_same():
     torch.testing.assert_close(inference, conv(x))
 
 
-def test_depthwise_convolution_is_not_rounded_by_autocast_on_cpu():
-    conv = DepthwiseConv3d(4, 3)
-    x = torch.randn(1, 4, 5, 6, 7)
+@pytest.mark.parametrize("channels", (1, 3, 24, 32, 48))
+def test_gradient_of_the_kernel_is_right_for_every_number_of_channels(channels):
+    conv = DepthwiseConv3d(channels, 3)
+    x, weight = torch.randn(2, 2, channels, 4, 5, 3)
+    (conv(x) * weight).sum().backward()
+    expected = torch.func.grad(lambda w: (F.conv3d(x, w, padding=1, groups=channels) * weight).sum())(conv.weight)
+    torch.testing.assert_close(conv.weight.grad, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_depthwise_convolution_follows_autocast_on_cpu():
+    conv = DepthwiseConv3d(32, 3)
+    x = torch.randn(1, 32, 8, 6, 7)
+
+    def gradients() -> list[torch.Tensor]:
+        conv.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = conv(leaf)
+        y.float().square().sum().backward()
+        return [y.float(), leaf.grad, conv.weight.grad, conv.bias.grad]
+
+    exact = gradients()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = conv(x)
-    torch.testing.assert_close(rounded, conv(x))
+        assert conv(x).dtype == torch.bfloat16
+        for rounded, expected in zip(gradients(), exact):
+            assert (rounded - expected).norm() < 0.01 * expected.norm()
+
+
+def test_bfloat16_gradients_of_two_voxels_are_numbers():
+    conv = DepthwiseConv3d(256, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(30):  # without care about one in two is NaN
+            torch.full((2**20,), torch.nan)  # where the next tensor is made
+            conv.zero_grad()
+            conv(torch.randn(4, 256, 2, 2, 2)).sum().backward()
+            assert conv.weight.grad.isfinite().all()
 
 
 def test_even_kernel_is_refused():

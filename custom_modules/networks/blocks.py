@@ -6,11 +6,15 @@ tiles therefore equals the whole one, except within that field of a tile's edge.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_modules.networks.wavelets import BANDS, WaveletTransform3d
+
+GROUP_WIDTH = 16  # channels; the gradient of a convolution with such groups is the fastest on CPUs
 
 
 class ChannelRMSNorm(nn.RMSNorm):
@@ -24,8 +28,9 @@ class ChannelRMSNorm(nn.RMSNorm):
 
 
 class _DepthwiseConvolution(torch.autograd.Function):
-    """``conv3d(groups=channels)`` whose input gradient is also a depthwise convolution, with the flipped kernel. This
-    is faster on CPUs than the transposed convolution that PyTorch uses for it."""
+    """``conv3d(groups=channels)`` with gradients that are faster on CPUs than PyTorch's (benchmarks/blocks.py). That of
+    the input is a depthwise convolution, too, with the flipped kernel. That of the kernel is the diagonal of the one
+    that a convolution with wider groups would have."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -35,18 +40,23 @@ class _DepthwiseConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
+        channels, size = len(weight), weight.shape[2:]
         grad = grad.contiguous(memory_format=torch.channels_last_3d)
-        grad_x = F.conv3d(grad, weight.flip(2, 3, 4), padding="same", groups=len(weight))
-        _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad, x, weight, [len(weight)], [1] * 3, [weight.shape[-1] // 2] * 3, [1] * 3, False, [0] * 3,
-            len(weight), [False, True, True],
+        grad_x = F.conv3d(grad, weight.flip(2, 3, 4), padding="same", groups=channels)
+        width = math.gcd(channels, GROUP_WIDTH)
+        if 2 in grad.shape[2:]:  # oneDNN's is sometimes NaN in bfloat16 there
+            grad, x = grad.float(), x.float()
+        wide = grad.new_empty(channels, width, *size)  # only its shape and type are read
+        _, grad_wide, grad_bias = torch.ops.aten.convolution_backward(
+            grad, x, wide, [channels], [1] * 3, [n // 2 for n in size], [1] * 3, False, [0] * 3,
+            channels // width, [False, True, True],
         )  # fmt: skip
-        return grad_x, grad_weight, grad_bias
+        own = grad_wide.unflatten(0, (-1, width)).diagonal(dim1=1, dim2=2).movedim(-1, 1)
+        return grad_x, own.reshape(weight.shape).to(weight.dtype), grad_bias.to(weight.dtype)
 
 
 class DepthwiseConv3d(nn.Conv3d):
-    """Convolution with one group per channel that keeps the size; on CPUs in single precision, because reduced
-    precision is slower there."""
+    """Convolution with one group per channel that keeps the size."""
 
     def __init__(self, channels: int, kernel_size: int) -> None:
         if kernel_size % 2 == 0:
@@ -56,11 +66,13 @@ class DepthwiseConv3d(nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
             return super().forward(x)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype
         with torch.autocast("cpu", enabled=False):
-            x = x.float().contiguous(memory_format=torch.channels_last_3d)
+            x = x.to(dtype).contiguous(memory_format=torch.channels_last_3d)
+            weight, bias = self.weight.to(dtype), self.bias.to(dtype)
             if torch.is_grad_enabled():
-                return _DepthwiseConvolution.apply(x, self.weight, self.bias)
-            return super().forward(x)
+                return _DepthwiseConvolution.apply(x, weight, bias)
+            return self._conv_forward(x, weight, bias)
 
 
 class WaveletResidualModule(nn.Module):
@@ -92,11 +104,11 @@ class WaveletResidualModule(nn.Module):
         bands1 = self.transform(x)
         low1, (_, _, *size1) = bands1[:, :channels], bands1.shape
         low1_deeper = self.transform.inverse(self.level2(self.transform(low1)), size1)  # L1''
-        bands1 = self.level1(bands1)  # L1', H1'
-        bands1 = torch.cat([bands1[:, :channels] + low1_deeper, bands1[:, channels:]], dim=1)
+        low1, high1 = self.level1(bands1).split([channels, (BANDS - 1) * channels], dim=1)  # L1', H1'
+        bands1 = torch.cat([low1 + low1_deeper, high1], dim=1)
         enhanced = self.transform.inverse(bands1, x.shape[2:])
-        del bands1, low1, low1_deeper  # memory use peaks here
-        return self.out(torch.addcmul(x + self.primary(x), self.scale, enhanced))
+        del bands1, low1, high1, low1_deeper  # memory use peaks here
+        return self.out(torch.addcmul(x + self.primary(x), self.scale.to(enhanced.dtype), enhanced))
 
 
 class ResidualBlock(nn.Module):
