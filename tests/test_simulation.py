@@ -18,6 +18,7 @@ from bundle.simulate import simulate
 from custom_modules.data.pairs import check_pairs_or_stop, load_pairs
 from custom_modules.data.sampler import DistinctPatientSampler
 from custom_modules.data.simulation import (
+    FIRST_REGION,
     CTBodyd,
     RandSimulateMRd,
     SimulateMR,
@@ -92,9 +93,25 @@ def test_spin_echo_is_its_signal_equation():
     def signal(density: float, t1: float, t2: float) -> float:
         return float(density * (1 - np.exp(-500 / t1)) * np.exp(-15 / t2))
 
-    tissues = (((343, 58), (856, 27)), ((382, 68), (898, 29)))
+    tissues = (((343, 58), (993, 31)), ((382, 68), (1159, 30)))
     expected = {round(signal(0.90, *fat) / signal(0.79, *muscle), 3) for fat, muscle in tissues}
     assert ratios == expected
+
+
+@pytest.mark.parametrize("blur", (0.5, 0.8, 1.2))
+@pytest.mark.parametrize("contrast", ("t1_spin_echo", "t1_in_phase", "t1_opposed_phase", "t2"))
+def test_muscle_beside_air_has_no_outline(contrast, blur):
+    """Where the border runs through a voxel, the CT has the HU of fat. A layer of fat stays what it is."""
+    ct = np.full((40, 40, 40), -1000, np.float32)
+    ct[8:32] = MUSCLE
+    ct = ndimage.gaussian_filter(ct, blur)
+    simulate = plain()
+    simulate.set_random_state(1)
+    mr = simulate(ct, np.where(ct > -500, FIRST_REGION, 0), SPACING, contrast)[:, 20, 20]
+    assert mr.max() < 1.02 * mr[20] and (np.diff(mr[:20]) > -0.02 * mr[20]).all()
+    ct[28:32] = -100
+    fat = voxel_parts(ct, np.where(ct > -500, FIRST_REGION, 0)).fat[:, 20, 20]
+    assert fat[29] > 0.95 and fat[20] < 0.05
 
 
 def test_in_opposed_phase_borders_of_fat_and_water_are_dark():

@@ -36,12 +36,13 @@ class Relaxation(NamedTuple):
     density: float
 
 
-# de Bazelaire et al. 2004 (Radiology 230:652); blood, brain: Stanisz et al. 2005 (MRM 54:507); fluid: cerebrospinal,
-# Rooney et al. 2007 (MRM 57:308); densities: water content by Woodard and White 1986 (BJR 59:1209)
+# de Bazelaire et al. 2004 (Radiology 230:652); muscle: mean of theirs and of Gold et al. 2004 (AJR 183:343), for by theirs
+# alone it is darker in T2 than in a real MR; blood, brain: Stanisz et al. 2005 (MRM 54:507); fluid: cerebrospinal, Rooney
+# et al. 2007 (MRM 57:308); densities: water content by Woodard and White 1986 (BJR 59:1209)
 TISSUES = {
     "fat": Relaxation((343, 382), (58, 68), 0.90),
     "marrow": Relaxation((1000, 1200), (45, 45), 0.70),  # its water, assumed; with its fat T1 is 549 and 586
-    "muscle": Relaxation((856, 898), (27, 29), 0.79),
+    "muscle": Relaxation((993, 1159), (31, 30), 0.79),
     "liver": Relaxation((586, 809), (46, 34), 0.71),
     "spleen": Relaxation((1057, 1328), (79, 61), 0.79),
     "kidney": Relaxation((966, 1142), (87, 76), 0.81),
@@ -55,7 +56,8 @@ FIELDS = 1.5, 3.0  # T
 FAT_SHIFT = 3.4e-6 * 42.58e6  # Hz per T, between water and fat
 
 # HU at which the parts of a voxel begin and end (Schneider et al. 2000: fat -98, muscle 14 to 50, cortical bone 1600)
-LUNG_HU, FAT_HU, SOFT_HU, SPONGY_HU = -400.0, -100.0, 20.0, 120.0
+FAT_HU, SOFT_HU, SPONGY_HU = -100.0, 20.0, 120.0
+AERATED_HU = -250.0  # less than any fat: air and soft tissue
 BONE_HU, BONE_PEAK_HU = 150.0, 500.0  # a skeleton's part goes beyond the second; enhanced vessels do not
 MARROW_HU, MARROW_AREA = 65.0, 3000.0  # red marrow is denser than cord and muscle; mm2 of the inside of a bone
 REGION_GRID, REGION_SIZE = 2, 28.0  # voxels that are pooled to find regions, mm along a region
@@ -109,12 +111,21 @@ def voxel_parts(ct: np.ndarray, regions: np.ndarray, cortical_hu: float = 1300.0
     """Return the parts of the voxels of a CT (D, H, W) in HU; see :func:`tissue_regions`. At ``cortical_hu`` all is
     mineral."""
     hu = ndimage.gaussian_filter(ct.astype(np.float32), 0.6)  # the noise of the CT is none of the MR
-    lung = np.clip((hu - LUNG_HU) / (FAT_HU - LUNG_HU), 0, 1)  # 0: air and soft tissue, not air and fat
-    fat = lung * np.clip((SOFT_HU - hu) / (SOFT_HU - FAT_HU), 0, 1)
+    tissue = tissue_beside_air(hu)
+    fat = np.clip((SOFT_HU - tissue) / (SOFT_HU - FAT_HU), 0, 1) * (tissue >= AERATED_HU)
     mineral = np.clip((hu - SPONGY_HU) / (cortical_hu - SPONGY_HU), 0, 1)
     marrow = regions == MARROW
     bone = marrow | (regions == SURFACE)
-    return Parts(np.clip((hu + 1000) / (FAT_HU + 1000), 0, 1), fat, mineral * bone, marrow)
+    protons = np.clip((hu + 1000) / (np.clip(tissue, FAT_HU, SOFT_HU) + 1000), 0, 1)
+    return Parts(protons, fat, mineral * bone, marrow)
+
+
+def tissue_beside_air(hu: np.ndarray) -> np.ndarray:
+    """A CT (D, H, W) in which a voxel that is partly air has the HU of the tissue beside it: half air and half muscle
+    has the HU of fat, and lungs would have an outline that no MR shows."""
+    air = hu < AERATED_HU
+    beside = ndimage.binary_dilation(air, ndimage.generate_binary_structure(3, 3)) & ~air
+    return np.where(beside, np.maximum(np.minimum(ndimage.maximum_filter(hu, 5), SOFT_HU), hu), hu)
 
 
 def tissue_regions(
@@ -219,7 +230,7 @@ class SimulateMR(Randomizable):
         self,
         contrasts: Mapping[str, Mapping[str, Any]],
         organs: Range = (0.0, 0.4),
-        cortical_hu: Range = (500, 1000),
+        cortical_hu: Range = (600, 1100),
         marrow_fat: Range = (0.3, 0.9),
         relaxation: float = 0.12,
         dephasing: Range = (5, 25),
