@@ -36,9 +36,9 @@ class Relaxation(NamedTuple):
     density: float
 
 
-# de Bazelaire et al. 2004 (Radiology 230:652); muscle: mean of theirs and of Gold et al. 2004 (AJR 183:343), for by theirs
-# alone it is darker in T2 than in a real MR; blood, brain: Stanisz et al. 2005 (MRM 54:507); fluid: cerebrospinal, Rooney
-# et al. 2007 (MRM 57:308); densities: water content by Woodard and White 1986 (BJR 59:1209)
+# de Bazelaire et al. 2004 (Radiology 230:652); muscle: mean of theirs and of Gold et al. 2004 (AJR 183:343), because
+# with theirs alone it is darker in T2 than in real MRs; blood, brain: Stanisz et al. 2005 (MRM 54:507); fluid:
+# cerebrospinal, Rooney et al. 2007 (MRM 57:308); densities: water content by Woodard and White 1986 (BJR 59:1209)
 TISSUES = {
     "fat": Relaxation((343, 382), (58, 68), 0.90),
     "marrow": Relaxation((1000, 1200), (45, 45), 0.70),  # its water, assumed; with its fat T1 is 549 and 586
