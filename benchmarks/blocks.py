@@ -2,7 +2,8 @@
 
     python benchmarks/blocks.py [--device cuda] [--repeats 7]
 
-Ratios of the others' times to ours, in inference and in training (forward and backward).
+Ratios of the others' times to ours, in inference and in training (forward and backward), on the features of a training
+batch, 4 crops of 64³ voxels. Training is in bfloat16 by default (``amp``), inference on CPUs in single precision.
 """
 
 from __future__ import annotations
@@ -20,21 +21,6 @@ from torch import Tensor, nn
 
 from custom_modules.networks.blocks import ChannelRMSNorm, DepthwiseConv3d, ResidualBlock, WaveletBlock
 from custom_modules.networks.dsca import StructureEmphasis
-
-
-class ShiftedAdds(DepthwiseConv3d):
-    """The depthwise convolution as a sum of shifted copies, one a tap."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        r = self.kernel_size[0] // 2
-        padded, (d, h, w) = F.pad(x, (r,) * 6), x.shape[2:]
-        out = self.bias.view(1, -1, 1, 1, 1).expand_as(x).clone()
-        for i in range(2 * r + 1):
-            for j in range(2 * r + 1):
-                for k in range(2 * r + 1):
-                    tap = self.weight[None, :, 0, i, j, k, None, None, None]
-                    out = torch.addcmul(out, padded[:, :, i : i + d, j : j + h, k : k + w], tap)
-        return out
 
 
 class PlainDepthwise(DepthwiseConv3d):
@@ -93,30 +79,39 @@ def compare(
     ]
 
 
-def of_modules(part: str, x: Tensor, modules: Mapping[str, nn.Module], repeats: int) -> list[dict[str, Any]]:
+def of_modules(
+    part: str, x: Tensor, modules: Mapping[str, nn.Module], repeats: int, dtype: torch.dtype = torch.float32
+) -> list[dict[str, Any]]:
+    """Rows of :func:`compare` for modules that take ``x``, under autocast to ``dtype``."""
     modules = {name: m.to(x.device, memory_format=torch.channels_last_3d) for name, m in modules.items()}
     x.requires_grad_()  # as within a network
-    works = {name: (lambda m=m: m(x), [x, *m.parameters()]) for name, m in modules.items()}
-    return compare(part, f"{x.shape[1]} x {x.shape[2]}³", works, repeats, x.device)
+
+    def run(module: nn.Module) -> Tensor:
+        with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return module(x)
+
+    works = {name: (lambda m=m: run(m), [x, *m.parameters()]) for name, m in modules.items()}
+    on = f"{x.shape[0]} x {x.shape[1]} x {x.shape[2]}³, {str(dtype).removeprefix('torch.')}"
+    return compare(part, on, works, repeats, x.device)
 
 
 def main(device: str = "cpu", repeats: int = 7) -> None:
     torch.manual_seed(0)
     where, rows = torch.device(device), []
-    for channels, size in ((32, 64), (64, 32)):
-        x = torch.randn(1, channels, size, size, size, device=where).contiguous(memory_format=torch.channels_last_3d)
-        wide = torch.randn(1, 8 * channels, *[size // 2] * 3, device=where)
+    for channels, size in ((32, 32), (64, 16)):
+        x = torch.randn(4, channels, size, size, size, device=where).contiguous(memory_format=torch.channels_last_3d)
+        wide = torch.randn(4, 8 * channels, *[size // 2] * 3, device=where)
         wide = wide.contiguous(memory_format=torch.channels_last_3d)
-        rows += of_modules("block", x, {
-            "WaveletBlock": WaveletBlock(channels, channels),
-            "ResidualBlock without wavelets": ResidualBlock(channels, channels),
-            "MONAI's AEKLResBlock": AEKLResBlock(3, channels, 16, 1e-6, channels),
-        }, repeats)  # fmt: skip
-        rows += of_modules("depthwise convolution", wide, {
-            "channels last, own gradient": DepthwiseConv3d(8 * channels, 3),
-            "PyTorch's": PlainDepthwise(8 * channels, 3),
-            "27 shifted adds": ShiftedAdds(8 * channels, 3),
-        }, repeats)  # fmt: skip
+        for dtype in (torch.float32, torch.bfloat16):
+            rows += of_modules("block", x, {
+                "WaveletBlock": WaveletBlock(channels, channels),
+                "ResidualBlock without wavelets": ResidualBlock(channels, channels),
+                "MONAI's AEKLResBlock": AEKLResBlock(3, channels, 16, 1e-6, channels),
+            }, repeats, dtype)  # fmt: skip
+            rows += of_modules("depthwise convolution", wide, {
+                "own gradients": DepthwiseConv3d(8 * channels, 3),
+                "PyTorch's": PlainDepthwise(8 * channels, 3),
+            }, repeats, dtype)  # fmt: skip
         rows += of_modules("norm", x, {
             "norm and products": ChannelRMSNorm(channels), "PyTorch's RMSNorm": PlainRMSNorm(channels),
         }, repeats)  # fmt: skip

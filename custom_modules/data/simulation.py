@@ -214,7 +214,7 @@ class SimulateMR(Randomizable):
         contrasts: by name, the fields of :class:`Contrast` and ``share``, how often it is drawn.
         organs: range of the share of regions of unknown tissue that are no muscle.
         cortical_hu: range of the HU at which a voxel has no signal; below that of cortical bone, because the field
-            around mineral is not even. 800 fits real limbs (benchmarks/simulation.py).
+            around mineral is not even. 800 to 1000 fit real limbs (benchmarks/simulation.py).
         marrow_fat: range of the share of fat in marrow; each bone has its own.
         relaxation: relative SD of relaxation times and proton densities between patients.
         dephasing: range of R2' of soft tissue in 1/s.
