@@ -116,7 +116,7 @@ def main(device: str = "cpu", repeats: int = 7) -> None:
             "norm and products": ChannelRMSNorm(channels), "PyTorch's RMSNorm": PlainRMSNorm(channels),
         }, repeats)  # fmt: skip
     x = torch.randn(4, 64, 16, 16, 16, device=where).contiguous(memory_format=torch.channels_last_3d)
-    module = StructureEmphasis(64, 8, 64).to(where)
+    module = StructureEmphasis(64, 8, 64, 16).to(where)
     nn.init.normal_(module.out.weight)
     pooled, full = (torch.randn(4, 8, size, size, size, device=where) for size in (8, 16))
     keys = {"pooled": module.keys_and_values(pooled), "full": module.keys_and_values(full)}
