@@ -43,6 +43,7 @@ lint: .venv/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -m mypy benchmarks
 
 .venv-label/installed: requirements-label.txt requirements-viewer.txt
 	$(PYTHON) -m venv .venv-label

@@ -26,7 +26,7 @@ MR_MAXIMUM = 1250.0
 
 def write(path: Path, shape: tuple[int, int, int], share: float, spacing: float) -> None:
     """The bodies of pipeline.py as an MR in noise, on a finer grid where ``spacing`` is below 2 mm."""
-    values = np.int16((volume(shape, share)[0][0, 0].numpy() + 1) / 2 * MR_MAXIMUM)
+    values = ((volume(shape, share)[0][0, 0].numpy() + 1) / 2 * MR_MAXIMUM).astype(np.int16)
     for axis in range(3):
         values = values.repeat(round(2 / spacing), axis)
     values += np.random.default_rng(0).integers(0, 10, values.shape, dtype=np.int16)

@@ -59,7 +59,7 @@ def auroc(usual: list[float], odd: list[float]) -> float:
 def altered(paths: list[str], change: Callable, folder: Path) -> Iterator[Path]:
     """Copies whose voxels are changed and whose header is not."""
     for number, path in enumerate(paths):
-        image = nib.load(path)
+        image = nib.Nifti1Image.from_filename(path)
         target = folder / f"{number}.nii.gz"
         nib.save(nib.Nifti1Image(change(image.get_fdata(dtype=np.float32)), image.affine), target)
         yield target

@@ -42,9 +42,9 @@ def synthesize(mr: str, folder: Path, threads: int | None = None, **settings: An
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        quiet = {"guard_statistics": None}
         volumes = [{"image": mr, "output": "sct.nii.gz"}]
-        inference_workflow(output_dir=str(folder), **{"dataset#data": volumes}, **quiet, **settings).run()
+        own: dict[str, Any] = {"guard_statistics": None, "dataset#data": volumes}
+        inference_workflow(output_dir=str(folder), **own, **settings).run()
     finally:
         torch.set_num_threads(before)
     return np.asarray(read_volume(folder / "sct.nii.gz")[0])

@@ -129,6 +129,6 @@ def main(inferer: str = "both", largest: float = 6.0, only: str | None = None) -
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["child"]:
-        child(*sys.argv[2:4], sys.argv[4] == "True")
+        child(sys.argv[2], sys.argv[3], sys.argv[4] == "True")
     else:
         fire.Fire(main)

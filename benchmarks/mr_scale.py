@@ -87,7 +87,7 @@ def main(dataset_dir: str, torso: str | None = None) -> None:
     rows = [
         {
             "divided by": name,
-            **{f"{key}, limbs": factor(tissue[key, name] - np.mean(tissue[key, name])) for key in TISSUES},
+            **{f"{key}, limbs": factor(np.subtract(tissue[key, name], np.mean(tissue[key, name]))) for key in TISSUES},
             "half the field of view, limbs": factor(moved["limbs", name]),
             "half the field of view, torso": factor(moved.get(("torso", name), [])),
             "shading": factor(moved["shaded", name]),

@@ -143,7 +143,7 @@ def volumes(device: str = "cpu", amp: bool = False, compile: bool = False, repea
     peaks["denoise"] = peak_flops(where, torch.bfloat16 if amp else torch.float32)
     for name, (shape, share) in VOLUMES.items():
         mr, body = volume(shape, share)
-        inferer = WholeVolumeInferer(amp=amp, progress=False)
+        inferer: Any = WholeVolumeInferer(amp=amp, progress=False)
         stages, found = Stages(inferer, where), []
         with Peak(where) as peak:
             for _ in range(repeats + 1):
@@ -193,7 +193,7 @@ def voxels_computed(
         seen["decode"] += z[:, 0].numel() * cube
         return z.new_zeros(1, 1, *(size * network.autoencoder.downsampling for size in z.shape[2:]))
 
-    network.encode, network.predict, network.decode = encode, predict, decode  # type: ignore[method-assign]
+    network.encode, network.predict, network.decode = encode, predict, decode  # type: ignore[method-assign, assignment]
     try:
         inferer(mr, network, body)
     finally:
@@ -222,7 +222,7 @@ def settings(device: str = "cpu", repeats: int = 3) -> None:
         name: INFERERS[kwargs.pop("sampling", "whole")](progress=False, **kwargs) for name, (kwargs, _) in cases.items()
     }
     times = medians(
-        {name: lambda name=name: inferers[name](mr, network, cases[name][1]) for name in cases}, repeats, where
+        {name: functools.partial(inferers[name], mr, network, cases[name][1]) for name in cases}, repeats, where
     )
     first = next(iter(cases))
     rows = [{"setting": name, "time, ratio": times[name] / times[first], "s": times[name]} for name in cases]

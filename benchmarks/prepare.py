@@ -84,7 +84,8 @@ def measure_pair(
     columns = {"as scanned": alignments["none"].ct, "given": None, "prepared": alignments[stage].ct}
     columns["given"] = ResampleToMatch(mode="bilinear", padding_mode="border")(given, data["image"])
     pictures = {name: np.asarray(volume[0]) for name, volume in columns.items()}
-    overlay(np.asarray(data["image"][0]), pictures, out / f"{pair['patient']}.png", pair["patient"])
+    picture = out / f"{pair['patient']}.png"
+    overlay(np.asarray(data["image"][0]), pictures, np.asarray(data["image"].affine), picture, pair["patient"])
     row["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return row
 

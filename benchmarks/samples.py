@@ -49,7 +49,7 @@ def measure(pair: dict[str, str], steps: int, num_samples: int, settings: dict[s
     mr, label = read_volume(pair["image"]), read_volume(pair["label"])
     axial = list(nib.io_orientation(mr.affine)[:, 0]).index(2)
     if steps:
-        own = {"num_samples": num_samples, "sample_steps": steps, "output": "sample"}
+        own: dict[str, Any] = {"num_samples": num_samples, "sample_steps": steps, "output": "sample"}
         made = synthesize(pair["image"], calibration=None, **own, **settings)
     else:
         made = synthesize(pair["image"], **settings)
@@ -76,7 +76,7 @@ def main(
     for count in tqdm((0, *steps), unit="setting"):
         found = [measure(pair, count, num_samples, settings) for pair in pairs]
         errors = errors or [each["estimate error"] for each in found]  # SD is to be that of the estimate
-        row = {"": f"samples of {count} step{'s' * (count > 1)}" if count else "estimate"}
+        row: dict[str, Any] = {"": f"samples of {count} step{'s' * (count > 1)}" if count else "estimate"}
         names = [name for name in found[0] if isinstance(found[0][name], (float, np.floating))]
         row |= {name: float(np.nanmean([each[name] for each in found])) for name in names}
         if count:

@@ -34,7 +34,8 @@ def synthesize(pairs: list[dict[str, str]], folder: Path, **settings: Any) -> fl
     """Seconds of inference.yaml on the MRs, everything but the reading of the weights: of the processor, which other
     programs do not lengthen, or of the clock on a GPU."""
     volumes = [{"image": pair["image"], "output": f"{pair['patient']}_sct.nii.gz"} for pair in pairs]
-    workflow = inference_workflow(output_dir=str(folder), **{"dataset#data": volumes}, **settings)
+    own: dict[str, Any] = {"dataset#data": volumes}
+    workflow = inference_workflow(output_dir=str(folder), **own, **settings)
     workflow.parser.get_parsed_content("inferer").progress = False
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     started = clock()

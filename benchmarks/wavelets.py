@@ -10,6 +10,7 @@ limit that memory sets, the tensor's bytes at the speed at which the largest ten
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import fire
@@ -65,13 +66,13 @@ def works(x: Tensor, name: str, forward: Callable, inverse: Callable) -> dict[st
 def main(repeats: int = 5) -> None:
     torch.manual_seed(0)
     ours, banks = WaveletTransform3d("haar"), lifted()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for size, channels in CASES:
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn(1, channels, size, size, size).to(dtype).contiguous(memory_format=torch.channels_last_3d)
             seconds = medians(
                 {
-                    "copy": lambda x=x: x.clone(memory_format=torch.preserve_format),
+                    "copy": partial(x.clone, memory_format=torch.preserve_format),
                     **works(x, "ours", ours, lambda y, x: ours.inverse(y, x.shape[2:])),
                     **works(x, "ptwt", lambda x: ptwt.wavedec3(x, "haar", level=1, mode="symmetric"),
                             lambda y, x: ptwt.waverec3(y, "haar")),
@@ -79,7 +80,11 @@ def main(repeats: int = 5) -> None:
                 },
                 10 * repeats if x.nbytes < 2**24 else repeats if size * channels < 2048 else 3,
             )  # fmt: skip
-            row = {"tensor": f"{size}³ x {channels}", "type": str(dtype).removeprefix("torch."), "seconds": seconds}
+            row: dict[str, Any] = {
+                "tensor": f"{size}³ x {channels}",
+                "type": str(dtype).removeprefix("torch."),
+                "seconds": seconds,
+            }
             row |= {"bytes": x.nbytes, "copy, ms": 1000 * seconds["copy"], "memory, ms": None}
             row |= {"ours forward / copy": seconds["ours forward"] / seconds["copy"], "ours forward / memory": None}
             for other in ("ptwt", "pytorch_wavelets"):

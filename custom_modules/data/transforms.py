@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from monai.transforms import (
@@ -81,7 +82,7 @@ class Preprocess(Transform):
             ]
         )
 
-    def __call__(self, data: Mapping[Hashable, str]) -> dict[Hashable, torch.Tensor]:
+    def __call__(self, data: Mapping[Any, str]) -> dict[Hashable, torch.Tensor]:
         return self.transform(data) if "image" in data else self.ct_only(data)
 
 
