@@ -1,5 +1,5 @@
 # make demo [MR=path]   synthetic CT of a real torso MR, or of yours
-# make test             the tests, about seven minutes on two cores
+# make test             the tests, about eight minutes on two cores
 # make test-fast        those that neither start processes nor train nor sample, below one minute
 # make test-slow        the longest ones
 # make lint             ruff (lint and format) and mypy

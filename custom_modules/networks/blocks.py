@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from custom_modules.networks.wavelets import BANDS, WaveletTransform3d
 
-GROUP_WIDTH = 16  # channels; the gradient of a convolution with such groups is the fastest on CPUs
+GROUP_WIDTH = 16  # channels per group, for the gradient of a depthwise kernel
 
 
 class ChannelRMSNorm(nn.RMSNorm):
