@@ -11,6 +11,7 @@ from monai.transforms import Compose, Orientationd
 from tqdm import tqdm
 
 from custom_modules.data.grid import SameGridd, ToSpacingd
+from custom_modules.data.mr import CorrectBiasFieldd, SubtractBackgroundd
 from custom_modules.data.pairs import load_pairs
 from custom_modules.data.volumes import ReadVolumed, write_volume
 from custom_modules.errors import InputError
@@ -30,8 +31,8 @@ def pack(
 ) -> None:
     """Write the volumes of a datalist at ``spacing`` in 16 bit, with a datalist of their own.
 
-    The networks see the same grid as with the data themselves. Scores are not the same: those are taken on the grid of
-    the MR, which is now that of the networks.
+    The networks see the same grid as with the data themselves, and MRs whose bias field is corrected. Scores are not
+    the same: those are taken on the grid of the MR, which is now that of the networks.
 
     Args:
         dataset_dir: folder that the datalist's paths are relative to.
@@ -62,7 +63,7 @@ def pack(
                 bar.update()
     write_json(packed, folder / "datalist.json")
     size = sum(file.stat().st_size for file in folder.rglob("*.nii.gz")) / 1e6
-    print(f"{size:.1f} MB in {folder}; wldm train --dataset_dir {folder}")
+    print(f"{size:.1f} MB in {folder}; wldm train --dataset_dir {folder} --correct_bias false")
 
 
 def _packed(pair: dict[str, str], folder: Path, spacing: float, step: int) -> dict[str, str]:
@@ -71,7 +72,8 @@ def _packed(pair: dict[str, str], folder: Path, spacing: float, step: int) -> di
     read = Compose(
         [
             ReadVolumed(keys), SameGridd(keys), Orientationd(keys, axcodes="RAS", labels=None),
-            ToSpacingd(keys, [spacing] * 3),
+            *([SubtractBackgroundd("image")] if "image" in keys else []), ToSpacingd(keys, [spacing] * 3),
+            *([CorrectBiasFieldd("image")] if "image" in keys else []),
         ]
     )  # fmt: skip
     data, files = read({key: pair[key] for key in keys}), {}

@@ -52,6 +52,7 @@ RECIPES = {
     "whole_body": Recipe(_two_stages("whole_body")),
     "paper": Recipe(_two_stages("paper"), str(ROOT / "configs" / "paper.yaml")),
     "finetune": Recipe([Stage("finetune", ["train", "finetune"], 1.0)]),
+    "finetune_whole_body": Recipe([Stage("finetune", ["train", "finetune", "whole_body"], 1.0)]),
 }
 
 
@@ -72,7 +73,7 @@ def train(
     Args:
         datalist: MONAI datalist; ``DATASET_DIR/datalist.json`` when None.
         recipe: ``default``; ``whole_body``, where CTs without an MR take part; ``paper``, the paper's own settings;
-            ``finetune``, from the shipped weights.
+            ``finetune``, from the shipped weights; ``finetune_whole_body``, from them and with such CTs.
         budget: minutes for all stages together; as many steps as the configs say when None.
         settings: of the training configs, such as --batch_size or --device.
 

@@ -220,6 +220,8 @@ SETTINGS: dict[str, Setting] = {
     "roi_size": Setting("ints", "voxels of a training crop", low=1, high=1024),
     "check_data": Setting("bool", "read every volume before training and refuse pairs that cannot be used"),
     "batch_size": Setting("int", "patients per batch", low=1, high=1024),
+    "cuda_graph": Setting("bool", "on a GPU, replay the steps of training as a CUDA graph"),
+    "distinct_patients": Setting("bool", "in training, no patient twice in a batch"),
     "accumulation": Setting("int", "batches per optimiser step", low=1, high=1024),
     "augmented_copies": Setting("int", "copies of each patient, encoded before stage 2", low=1, high=1000),
     "steps_per_epoch": Setting("int", "optimiser steps per epoch", low=1, high=MANY),

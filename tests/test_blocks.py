@@ -123,6 +123,18 @@ def test_gradient_of_the_kernel_is_right_for_every_number_of_channels(channels):
     torch.testing.assert_close(conv.weight.grad, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("channels", (1, 3, 24, 32))
+def test_wide_groups_with_a_diagonal_are_the_depthwise_convolution(channels):
+    """What CUDA computes, here on the CPU."""
+    conv = DepthwiseConv3d(channels, 3)
+    x, weight = torch.randn(2, 2, channels, 4, 5, 3)
+    wide = conv.wide_weight()
+    y = F.conv3d(x, wide, conv.bias, padding="same", groups=channels // wide.shape[1])
+    torch.testing.assert_close(y, conv(x), atol=1e-5, rtol=1e-5)
+    own, expected = (torch.autograd.grad((out * weight).sum(), conv.weight)[0] for out in (y, conv(x)))
+    torch.testing.assert_close(own, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_depthwise_convolution_follows_autocast_on_cpu():
     conv = DepthwiseConv3d(32, 3)
     x = torch.randn(1, 32, 8, 6, 7)

@@ -8,11 +8,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import save
+from monai.transforms import Orientation
 from scipy import ndimage
 
 from bundle.pack import pack
 from bundle.phantom.command import torso_phantom
+from custom_modules.data.mr import bias_field
 from custom_modules.data.pairs import load_pairs
+from custom_modules.data.transforms import Preprocess
+from custom_modules.data.volumes import read_volume
 from custom_modules.errors import InputError
 
 
@@ -69,9 +73,24 @@ def test_an_mr_in_any_units_keeps_its_contrast(data, tmp_path, factor):
     (tmp_path / "datalist.json").write_text(json.dumps({"training": [entry]}))
     pack(str(tmp_path), str(tmp_path / "out"), splits="training", spacing=4.0)
     packed = nib.load(tmp_path / "out" / "p" / "mr.nii.gz").get_fdata()
-    original = nib.as_closest_canonical(source).get_fdata()
+    original = Orientation("RAS", labels=None)(read_volume(data / "p0/mr.nii.gz"))
+    original = (original / bias_field(original))[0].numpy()
     top = [np.percentile(volume, 99) for volume in (packed, original)]
     np.testing.assert_allclose(packed / top[0], original / top[1], atol=0.005)
+
+
+def test_the_shading_of_an_mr_is_corrected_before_it_is_packed(tmp_path):
+    mr, ct, affine = torso_phantom(shape=(40, 32, 24), spacing=4.0, seed=0)
+    mr = mr * np.linspace(0.6, 1.6, mr.shape[0])[:, None, None]
+    for name, volume in (("mr", mr), ("ct", ct)):
+        save(tmp_path / f"{name}.nii.gz", volume, affine)
+    pair = {"image": str(tmp_path / "mr.nii.gz"), "label": str(tmp_path / "ct.nii.gz"), "patient": "p"}
+    (tmp_path / "datalist.json").write_text(json.dumps({"training": [pair]}))
+    pack(str(tmp_path), str(tmp_path / "packed"), splits="training", spacing=4.0)
+    (packed,) = load_pairs(tmp_path / "packed" / "datalist.json", tmp_path / "packed", ["training"])["training"]
+    corrected = Preprocess([4.0] * 3, label=True)(pair)["image"]
+    found = Preprocess([4.0] * 3, label=True, correct_bias=False)(packed)["image"]
+    np.testing.assert_allclose(found, corrected, atol=2)
 
 
 def test_two_entries_of_one_name_are_refused(data, tmp_path):

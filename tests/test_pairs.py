@@ -14,7 +14,7 @@ from conftest import save
 
 from bundle.phantom.command import torso_phantom
 from custom_modules.data.pairs import check_pairs_or_stop, load_pairs
-from custom_modules.data.sampler import DistinctPatientSampler, SeededDataset, seed_of
+from custom_modules.data.sampler import PatientSampler, SeededDataset, seed_of
 from custom_modules.errors import InputError
 
 AFFINE = np.diag([8.0, 8, 8, 1])
@@ -172,39 +172,41 @@ def patients(batches: list) -> list[list[int]]:
 
 
 def test_a_batch_holds_different_patients_and_large_volumes_come_more_often():
-    batches = patients(
-        DistinctPatientSampler(SimpleNamespace(sizes=[100, 100, 400, 1600]), batch_size=2, batches=2000, seed=1)
-    )
+    batches = patients(PatientSampler(SimpleNamespace(sizes=[100, 100, 400, 1600]), batch_size=2, batches=2000, seed=1))
     assert len(batches) == 2000
     assert all(len(set(batch)) == 2 for batch in batches)
     count = np.bincount(np.concatenate(batches))
     assert count[3] > count[2] > count[0]
 
 
+def test_a_large_batch_keeps_the_shares_where_patients_may_come_twice():
+    data = SimpleNamespace(sizes=[100] * 6, unpaired=[False] * 4 + [True] * 2)
+    drawn = np.concatenate(patients(PatientSampler(data, 5, 2000, unpaired_share=0.5, distinct=False)))
+    np.testing.assert_allclose(np.bincount(drawn) / len(drawn), [0.125] * 4 + [0.25] * 2, atol=0.01)
+
+
 def test_order_depends_on_seed_and_goes_on_with_the_epoch():
     def first(seed):
-        return list(DistinctPatientSampler(SimpleNamespace(sizes=[1] * 10), 2, 20, seed))
+        return list(PatientSampler(SimpleNamespace(sizes=[1] * 10), 2, 20, seed))
 
-    sampler = DistinctPatientSampler(SimpleNamespace(sizes=[1] * 10), 2, 20, 0)
+    sampler = PatientSampler(SimpleNamespace(sizes=[1] * 10), 2, 20, 0)
     one, two = list(sampler), list(sampler)
     assert one == first(0) != first(1)
     assert two != one
 
 
 def test_a_sampler_that_starts_in_the_middle_goes_on_as_the_whole_one():
-    whole = DistinctPatientSampler(SimpleNamespace(sizes=[1] * 10), 2, 20, 3)
+    whole = PatientSampler(SimpleNamespace(sizes=[1] * 10), 2, 20, 3)
     expected = list(whole) + list(whole)
-    resumed = DistinctPatientSampler(SimpleNamespace(sizes=[1] * 10), 2, 20, 3)
+    resumed = PatientSampler(SimpleNamespace(sizes=[1] * 10), 2, 20, 3)
     resumed.start = 27
     assert list(resumed) == expected[27:]
 
 
 @pytest.mark.parametrize("count", [30, 5])  # enough patients for all batches of a step, and not
 def test_two_ranks_draw_what_one_process_accumulates(count):
-    one = DistinctPatientSampler(SimpleNamespace(sizes=[1] * count), 4, 20, seed=2, accumulation=2)
-    ranks = [
-        DistinctPatientSampler(SimpleNamespace(sizes=[1] * count), 4, 10, seed=2, rank=r, world_size=2) for r in (0, 1)
-    ]
+    one = PatientSampler(SimpleNamespace(sizes=[1] * count), 4, 20, seed=2, accumulation=2)
+    ranks = [PatientSampler(SimpleNamespace(sizes=[1] * count), 4, 10, seed=2, rank=r, world_size=2) for r in (0, 1)]
     alone, together = list(one), [batch for pair in zip(*ranks) for batch in pair]
     assert alone == together
     assert all(len(set(batch)) == 4 for batch in patients(alone))
@@ -214,7 +216,7 @@ def test_two_ranks_draw_what_one_process_accumulates(count):
 
 
 def test_a_batch_holds_all_patients_where_there_are_fewer_than_it_asks_for(caplog):
-    sampler = DistinctPatientSampler(SimpleNamespace(sizes=[5, 5, 9]), batch_size=8, batches=4)
+    sampler = PatientSampler(SimpleNamespace(sizes=[5, 5, 9]), batch_size=8, batches=4)
     assert all(sorted(index for index, _ in batch) == [0, 1, 2] for batch in sampler)
     assert [record.message for record in caplog.records] == ["batches of 3 patients instead of 8: there are no more"]
 

@@ -83,6 +83,16 @@ def test_step_is_equations_13_and_14_worked_by_hand():
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("beta_end", (0.02, 0.2))
+def test_the_estimate_of_a_batch_is_the_last_step_of_each_item(prediction, beta_end):
+    schedule = DDIMSchedule(prediction=prediction, beta_end=beta_end)
+    output, z = torch.randn(2, 3, 4, 2, 3, 2, generator=torch.Generator().manual_seed(0)).unbind()
+    timesteps = torch.tensor([0, 250, schedule.inference_timesteps(1)[0][0]])
+    alone = [schedule.step(o, int(t), -1, latent) for o, t, latent in zip(output, timesteps, z)]
+    torch.testing.assert_close(schedule.estimate(output, timesteps, z), torch.stack(alone), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("t, next_t", ((999, 500), (500, 499), (0, -1), (999, -1)))
 def test_step_with_the_right_output_stays_on_the_path_of_equation_11(prediction, t, next_t):
     schedule = DDIMSchedule(prediction=prediction)

@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from bundle.simulate import simulate
 from custom_modules.data.pairs import check_pairs_or_stop, load_pairs
-from custom_modules.data.sampler import DistinctPatientSampler
+from custom_modules.data.sampler import PatientSampler
 from custom_modules.data.simulation import (
     FIRST_REGION,
     CTBodyd,
@@ -78,6 +78,12 @@ def test_contrasts_show_fat_and_muscle_as_their_sequences_do(contrast, brighter)
         fat, muscle, bone, lung = (middle(mr, n) for n in range(4))
         assert (fat > muscle) == (brighter == "fat")
         assert bone < 0.1 * max(fat, muscle) and lung < 0.4 * max(fat, muscle)
+
+
+def test_a_crop_of_air_alone_has_no_signal():
+    air = np.full((16, 16, 16), -1000.0, np.float32)
+    mr = plain()(air, np.zeros(air.shape, int), SPACING, "t1_spin_echo")
+    assert mr.shape == air.shape and not mr.any()
 
 
 def test_spin_echo_is_its_signal_equation():
@@ -248,7 +254,7 @@ def test_patients_without_mr_are_drawn_with_their_share():
     class Data:
         sizes, unpaired = [100] * 20 + [10_000] * 4, [False] * 20 + [True] * 4
 
-    sampler = DistinctPatientSampler(Data(), batch_size=2, batches=3000, unpaired_share=0.3)
+    sampler = PatientSampler(Data(), batch_size=2, batches=3000, unpaired_share=0.3)
     drawn = [index for batch in sampler for index, _ in batch]
     assert np.mean([index >= 20 for index in drawn]) == pytest.approx(0.3, abs=0.05)
 

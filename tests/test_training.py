@@ -7,18 +7,21 @@ import pytest
 import torch
 from conftest import TRAINING, tiny_network, train, train_workflow
 from monai.bundle import ConfigWorkflow
+from monai.inferers import SimpleInferer
 
 from custom_modules.errors import InputError
 from custom_modules.networks.autoencoder import WaveletAutoencoderKL
 from custom_modules.networks.schedule import DDIMSchedule
 from custom_modules.training.averaging import moving_average
 from custom_modules.training.batches import (
+    AutocastInferer,
     LatentPrepareBatch,
     OneStepEstimate,
     PairPrepareBatch,
     ReconstructionInferer,
     ReconstructionPrepareBatch,
     SynthesisPrepareBatch,
+    _Positional,
 )
 from custom_modules.training.latents import LatentDataset
 from custom_modules.training.losses import EstimateLoss, LatentDiffusionLoss, valid_voxels
@@ -150,6 +153,16 @@ def test_the_estimate_of_a_perfect_denoiser_is_the_image_itself():
     network.denoiser.forward = lambda x, t: network.schedule.target(clean, noise, t)
     output, image = OneStepEstimate(network)(clean, noise, timesteps, condition, mr)
     torch.testing.assert_close(image, network.decode(clean, detail=network.detail(mr)), atol=2e-3, rtol=1e-3)
+
+
+def test_what_a_cuda_graph_captures_is_the_same_with_tensors_by_position():
+    network, batch = OneStepEstimate(tiny_network()), torch.randn(2, 4, 8, 8, 8)
+    named = {"noise": batch + 1, "timesteps": torch.tensor([999, 10]), "condition": batch * 2}
+    named["mr"] = torch.randn(2, 1, 32, 32, 32)
+    with torch.no_grad():
+        expected = AutocastInferer(SimpleInferer(), enabled=False, cuda_graph=True)(batch, network, **named)
+        positional = _Positional(SimpleInferer(), network, False, tuple(named))(batch, *named.values())
+    assert all(torch.equal(a, b) for a, b in zip(positional, expected))
 
 
 def test_the_moving_average_of_a_short_training_holds_little_of_its_start():

@@ -7,16 +7,17 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
+from monai.utils import optional_import
 
 from custom_modules.data.body import body_mask
 from custom_modules.data.grid import resample, resample_to_spacing
 from custom_modules.errors import InputError
 
+sitk, _ = optional_import("SimpleITK")  # missing where a GPU is lent: packed data are corrected
 logger = logging.getLogger(__name__)
 
 OFFSET = 0.1  # of the 99th percentile: air of an MR, noise included, is darker
@@ -107,7 +108,7 @@ def n4_log_field(mr: MetaTensor, mask: np.ndarray, extent: np.ndarray) -> np.nda
     return np.ascontiguousarray(field.transpose(2, 1, 0), dtype=np.float32)
 
 
-def _sitk_image(values: np.ndarray, grid: MetaTensor) -> sitk.Image:
+def _sitk_image(values: np.ndarray, grid: MetaTensor) -> Any:
     """(D, H, W) as an image with the spacing of ``grid``."""
     image = sitk.GetImageFromArray(np.ascontiguousarray(values.transpose(2, 1, 0)))
     image.SetSpacing([float(step) for step in grid.pixdim])

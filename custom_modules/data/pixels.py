@@ -6,15 +6,17 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import itk
 import numpy as np
 import pydicom
+from monai.utils import optional_import
 from pydicom import Dataset
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, RLELossless, generate_uid
 
 from custom_modules.errors import InputError
+
+itk, _ = optional_import("itk")
 
 TRUNCATED = "is truncated or damaged"
 PIXEL_MODULE = (

@@ -1,4 +1,4 @@
-"""Random batches of different patients, each a function of its position in the run."""
+"""Random batches of patients, each a function of its position in the run."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class SeededDataset(Dataset):
         return self.dataset[index]
 
 
-class DistinctPatientSampler(Sampler[list[tuple[int, int]]]):
+class PatientSampler(Sampler[list[tuple[int, int]]]):
     """Batches of different patients as (index, seed) keys of a :class:`SeededDataset`. Larger volumes are drawn more
     often, in proportion to the square root of their voxels; those without an MR make up ``unpaired_share`` of all.
 
@@ -66,6 +66,8 @@ class DistinctPatientSampler(Sampler[list[tuple[int, int]]]):
         accumulation: batches of a rank that make up one optimiser step.
         rank, world_size: of this process.
         unpaired_share: of the items drawn where the dataset has patients of both kinds.
+        distinct: no patient twice in a batch. Without it the shares also hold in batches that are large for the number
+            of patients.
 
     If there are fewer patients than ``batch_size``, batches hold all of them, and a warning is logged.
     """
@@ -80,8 +82,9 @@ class DistinctPatientSampler(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         world_size: int = 1,
         unpaired_share: float = 0.5,
+        distinct: bool = True,
     ) -> None:
-        self.unpaired_share = unpaired_share
+        self.unpaired_share, self.distinct = unpaired_share, distinct
         self.dataset, self.batch_size, self.batches, self.seed = dataset, batch_size, batches, seed
         self.rank, self.world_size, self.group, self.start = rank, world_size, world_size * accumulation, 0
 
@@ -90,7 +93,7 @@ class DistinctPatientSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         weights = self._weights()
-        if len(weights) < self.batch_size:
+        if len(weights) < self.batch_size and self.distinct:
             logger.warning("batches of %d patients instead of %d: there are no more", len(weights), self.batch_size)
             self.batch_size = len(weights)
         first, self.start = self.start, (self.start // self.batches + 1) * self.batches
@@ -109,7 +112,10 @@ class DistinctPatientSampler(Sampler[list[tuple[int, int]]]):
     def _batch(self, number: int, weights: torch.Tensor) -> list[tuple[int, int]]:
         step, part = divmod(number, self.group)
         size = self.batch_size
-        if size * self.group <= len(weights):
+        if not self.distinct:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, number))
+            patients = torch.multinomial(weights, size, replacement=True, generator=generator)
+        elif size * self.group <= len(weights):
             generator = torch.Generator().manual_seed(seed_of(self.seed, step))
             patients = torch.multinomial(weights, size * self.group, generator=generator)[part * size :][:size]
         else:

@@ -301,12 +301,12 @@ class SimulateMR(Randomizable):
 
         spongy = self._draw(self.trabecular) if gradient else 1.0
         share = self._draw(self.organs)
-        count = int(regions.max()) + 1
+        count = max(int(regions.max()) + 1, FIRST_REGION)  # a crop may be air alone
         kinds = np.where(
             self.R.random_sample(count) < share, self.R.choice(list(ORGANS), count, p=list(ORGANS.values())), "muscle"
         )
         known = slice(FIRST_TISSUE, FIRST_REGION)
-        kinds[known] = list(TISSUE_WORDS)[: len(kinds[known])]
+        kinds[known] = list(TISSUE_WORDS)
         muscle = signal("muscle")  # one muscle for the volume, organs of their own
         water = np.array([muscle if kind == "muscle" else signal(kind) for kind in kinds])
         water = water * np.exp(0.4 * self.relaxation * self.R.standard_normal(count))  # between muscles

@@ -9,13 +9,13 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import itk
 import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import ITKReader, ITKWriter, MetaTensor
 from monai.transforms import MapTransform
+from monai.utils import optional_import
 
 from custom_modules.data.dicom import is_series, read_series, series_at, series_grid, split_address
 from custom_modules.data.hu import AIR_HU, is_hu
@@ -23,6 +23,7 @@ from custom_modules.data.integrity import check_meta, check_nifti, check_nrrd
 from custom_modules.errors import InputError
 from custom_modules.files import atomic_write, inside
 
+itk, has_itk = optional_import("itk")  # missing where a GPU is lent: packed data are NIfTI
 logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".nii.gz", ".nii", ".nrrd", ".mha")
@@ -32,7 +33,8 @@ NIFTI_UNITS = {"meter": 1e3, "micron": 1e-3}  # to mm; without a unit it is mm
 
 # silence the remarks of libraries on headers: the checks below have their own messages
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
-itk.ProcessObject.SetGlobalWarningDisplay(False)
+if has_itk:
+    itk.ProcessObject.SetGlobalWarningDisplay(False)
 
 
 def _extension(name: str) -> str | None:

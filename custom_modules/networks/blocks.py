@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from custom_modules.networks.wavelets import BANDS, WaveletTransform3d
 
-GROUP_WIDTH = 16  # channels per group, for the gradient of a depthwise kernel
+GROUP_WIDTH = 16  # channels of the groups that take the place of depthwise ones
 
 
 class ChannelRMSNorm(nn.RMSNorm):
@@ -56,7 +56,11 @@ class _DepthwiseConvolution(torch.autograd.Function):
 
 
 class DepthwiseConv3d(nn.Conv3d):
-    """Convolution with one group per channel that keeps the size."""
+    """Convolution with one group per channel that keeps the size.
+
+    On CUDA it is one with wider groups, whose kernels are zero but for the diagonal: forward and backward pass take a
+    third to a seventh of the time (32 to 512 channels, bfloat16, channels last, an H200).
+    """
 
     def __init__(self, channels: int, kernel_size: int) -> None:
         if kernel_size % 2 == 0:
@@ -64,8 +68,9 @@ class DepthwiseConv3d(nn.Conv3d):
         super().__init__(channels, channels, kernel_size, padding="same", groups=channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return super().forward(x)
+        if x.device.type == "cuda":
+            weight = self.wide_weight()
+            return F.conv3d(x, weight, self.bias, padding="same", groups=len(weight) // weight.shape[1])
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype
         with torch.autocast("cpu", enabled=False):
             x = x.to(dtype).contiguous(memory_format=torch.channels_last_3d)
@@ -73,6 +78,11 @@ class DepthwiseConv3d(nn.Conv3d):
             if torch.is_grad_enabled():
                 return _DepthwiseConvolution.apply(x, weight, bias)
             return self._conv_forward(x, weight, bias)
+
+    def wide_weight(self) -> Tensor:
+        """Return the kernels (channels, width, ...) of the same convolution with groups of ``width`` channels."""
+        kernels = self.weight[:, 0].unflatten(0, (-1, math.gcd(len(self.weight), GROUP_WIDTH)))
+        return torch.diag_embed(kernels.movedim(1, -1), dim1=1, dim2=2).flatten(0, 1)
 
 
 class WaveletResidualModule(nn.Module):

@@ -40,7 +40,8 @@ class DDIMSchedule(Scheduler):
             raise ValueError(f"prediction must be 'epsilon' or 'v', got '{prediction}'")
         super().__init__(num_train_timesteps, "linear_beta", beta_start=beta_start, beta_end=beta_end)
         self.prediction = prediction
-        self._alpha_bar = torch.cumprod(1 - self.betas.double(), dim=0).tolist()
+        self._alpha_bars = torch.cumprod(1 - self.betas.double(), dim=0)
+        self._alpha_bar = self._alpha_bars.tolist()
 
     def alpha_bar(self, t: int) -> float:
         """Return the share of signal at timestep ``t`` (Eq. 11); 1 for t = -1, the clean latent."""
@@ -67,6 +68,13 @@ class DDIMSchedule(Scheduler):
         """Return the network output at (z, t) that corresponds to the clean latent ``clean``."""
         signal, noise = self.alpha_bar(t) ** 0.5, (1 - self.alpha_bar(t)) ** 0.5
         return (z - signal * clean) / noise if self.prediction == "epsilon" else (signal * z - clean) / noise
+
+    def estimate(self, output: Tensor, timesteps: Tensor, z: Tensor) -> Tensor:
+        """Return the one-step estimate of the clean latents (Eq. 14) of a batch at ``timesteps`` (N,)."""
+        self._alpha_bars = self._alpha_bars.to(z.device)
+        share = self._alpha_bars[timesteps].view(-1, *[1] * (z.ndim - 1))
+        signal, noise = share.sqrt().float(), (1 - share).sqrt().float()
+        return (z - noise * output) / signal if self.prediction == "epsilon" else signal * z - noise * output
 
     def step(self, output: Tensor, t: int, next_t: int, z: Tensor) -> Tensor:  # type: ignore[override]
         """Step from Z^t to Z^next_t (Eq. 13) by the one-step estimate of the clean latent (Eq. 14)."""

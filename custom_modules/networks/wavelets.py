@@ -17,8 +17,11 @@ BANDS = 8
 
 def _haar_matrix(reference: Tensor) -> Tensor:
     """Return the orthogonal 8 x 8 matrix that maps a 2 x 2 x 2 block of voxels to its eight Haar bands."""
-    pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2**0.5
-    return torch.kron(torch.kron(pair, pair), pair).to(reference)
+    pair = torch.full(
+        (2, 2), 1 / 2**0.5, dtype=torch.float64, device=reference.device
+    )  # made there: no copy to wait for
+    pair[1, 1].neg_()
+    return torch.kron(torch.kron(pair, pair), pair).to(reference.dtype)
 
 
 def _haar_forward(x: Tensor) -> Tensor:

@@ -19,16 +19,45 @@ from custom_modules.training.losses import valid_voxels
 
 
 class AutocastInferer(Inferer):
-    """Runs another inferer in bfloat16 autocast on the device of the network."""
+    """Runs another inferer in bfloat16 autocast on the device of the network.
 
-    def __init__(self, inferer: Callable[..., Any], enabled: bool = True) -> None:
+    Args:
+        cuda_graph: on CUDA, capture the forward and the backward pass of the first batch and replay them for all
+            others, which have its shapes: the CPU then launches two graphs and not thousands of kernels. All arguments
+            must be tensors.
+    """
+
+    def __init__(self, inferer: Callable[..., Any], enabled: bool = True, cuda_graph: bool = False) -> None:
         super().__init__()
-        self.inferer, self.enabled = inferer, enabled
+        self.inferer, self.enabled, self.cuda_graph = inferer, enabled, cuda_graph
+        self.captured: Callable[..., Any] | None = None
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Any:
         device = next(network.parameters(), inputs).device
+        if self.cuda_graph and device.type == "cuda":
+            tensors = (inputs, *args, *kwargs.values())
+            if self.captured is None:
+                torch.backends.cudnn.benchmark = True  # all batches have one shape
+                positional = _Positional(self.inferer, network, self.enabled, tuple(kwargs))
+                self.captured = torch.cuda.make_graphed_callables(positional, tensors, allow_unused_input=True)
+            return self.captured(*tensors)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.enabled):
             return self.inferer(inputs, network, *args, **kwargs)
+
+
+class _Positional(nn.Module):
+    """A network in an inferer that takes tensors only, the last of them by ``names``, as CUDA graphs want it."""
+
+    def __init__(self, inferer: Callable[..., Any], network: nn.Module, amp: bool, names: Sequence[str]) -> None:
+        super().__init__()
+        self.inferer, self.network, self.amp, self.names = inferer, network, amp, names
+
+    def forward(self, *tensors: Tensor) -> Any:
+        count = len(tensors) - len(self.names)
+        named = dict(zip(self.names, tensors[count:]))
+        # a graph must not hold casts of weights that a cache made before it
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=self.amp, cache_enabled=False):
+            return self.inferer(tensors[0], self.network, *tensors[1:count], **named)
 
 
 def _as_tensor(batchdata: Mapping[str, Tensor], key: str, device: Any, non_blocking: bool) -> Tensor:
@@ -137,5 +166,5 @@ class OneStepEstimate(nn.Module):
         output = self.network.denoiser(torch.cat([noisy, condition], dim=1), timesteps)
         if not self.decodes:
             return output, None
-        estimates = [schedule.step(o, int(t), -1, z) for o, t, z in zip(output, timesteps, noisy)]
-        return output, self.network.decode(torch.stack(estimates), detail=self.network.detail(mr))
+        estimate = schedule.estimate(output, timesteps, noisy)
+        return output, self.network.decode(estimate, detail=self.network.detail(mr))

@@ -25,7 +25,7 @@ class CheckpointSaver:
 
     A checkpoint is written to a temporary file and renamed, so that a run that dies while writing keeps the previous
     one; the last ``keep`` are kept. Everything random is a function of the iteration (:class:`StepSeed`,
-    :class:`~custom_modules.data.sampler.DistinctPatientSampler`), so the iteration is the only random state.
+    :class:`~custom_modules.data.sampler.PatientSampler`), so the iteration is the only random state.
 
     Args:
         folder: of the run.

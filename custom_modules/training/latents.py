@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from custom_modules.data.sampler import SeededDataset, seed_of
+from custom_modules.memory import free_memory
 from custom_modules.networks.synthesizer import Synthesizer
 from custom_modules.tiling import pad_to_windows
 from custom_modules.training.batches import _as_tensor
@@ -70,7 +71,7 @@ class LatentDataset(Randomizable, Dataset):
         for item in itertools.chain(*latents):
             for modality, key in (("MR", "z_mr"), ("CT", "image")):
                 item[key] = self.network.normalize(item[key][None].float(), modality)[0].half()
-        self.latents = latents
+        self.latents = _on_device(latents, self.network.device)
 
     @property
     def sizes(self) -> list[int]:
@@ -85,7 +86,7 @@ class LatentDataset(Randomizable, Dataset):
             for key in ("image", "label")
         )
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.amp):
-            z_mr, z_ct = (network.autoencoder.encode(volume)[0][0].cpu().half() for volume in (mr, ct))
+            z_mr, z_ct = network.autoencoder.encode(torch.cat([mr, ct]))[0].cpu().half()
         return {
             "image": z_ct, "z_mr": z_mr, "valid": valid_voxels(mr, ct)[0].cpu(),
             "mr": mr[0].cpu().half(), "label": ct[0].cpu().half(), "patient": batch["patient"][0],
@@ -102,3 +103,14 @@ class LatentDataset(Randomizable, Dataset):
 
         scales = {"image": 1, "z_mr": 1, "valid": f, "mr": f, "label": f}
         return {key: crop(value, scales[key]) if key in scales else value for key, value in copy.items()}
+
+
+def _on_device(latents: list[list[dict[str, Any]]], device: torch.device) -> list[list[dict[str, Any]]]:
+    """Move what is cropped to the device, so that no step waits for copies, if it takes less than half of what is free
+    there."""
+    items = [item for copies in latents for item in copies]
+    needed = sum(value.nbytes for item in items for value in item.values() if isinstance(value, Tensor))
+    if device.type != "cpu" and 2 * needed < free_memory(device):
+        for item in items:
+            item.update({key: value.to(device) for key, value in item.items() if isinstance(value, Tensor)})
+    return latents

@@ -50,12 +50,20 @@ def write_record(folder: str | Path, settings: Mapping[str, Any], data_sha256: s
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "settings": settings,
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "commit": commit(),
         "data_sha256": data_sha256,
         "hardware": hardware(),
     }
     write_json([*records, record], path)
+
+
+def version(package: str) -> str | None:
+    """Return the version of an installed package, None for one that is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def hardware() -> dict[str, Any]:
