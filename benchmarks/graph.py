@@ -1,0 +1,77 @@
+"""Milliseconds of a training step on a GPU, by stage and batch size, with its kernels launched one by one and as a CUDA
+graph.
+
+    python benchmarks/graph.py [--repeats 20]
+
+Random crops of 64³ in bfloat16: forward and backward pass, gradient clipping and Adam, without data or logging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import fire
+import numpy as np
+import torch
+from common import publish, seconds
+from monai.inferers import SimpleInferer
+from torch import Tensor
+
+from custom_modules.networks.synthesizer import Synthesizer
+from custom_modules.training.batches import AutocastInferer, OneStepEstimate
+from custom_modules.training.losses import AutoencoderLoss, EstimateLoss
+
+SIZE, DEVICE = 64, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def stage_one(network: Synthesizer, infer: AutocastInferer, batch: int) -> tuple[torch.nn.Module, Callable[[], Tensor]]:
+    """Return what is trained, and its loss for ``batch`` patients, each with MR and CT."""
+    images, loss = torch.randn(2 * batch, 1, SIZE, SIZE, SIZE, device=DEVICE), AutoencoderLoss()
+    return network.autoencoder, lambda: loss(infer(images, network.autoencoder), images)
+
+
+def stage_two(network: Synthesizer, infer: AutocastInferer, batch: int) -> tuple[torch.nn.Module, Callable[[], Tensor]]:
+    """Return what is trained, and its loss for ``batch`` crops."""
+    estimate, loss, side = OneStepEstimate(network), EstimateLoss(), SIZE // network.autoencoder.downsampling
+    clean, z_mr = torch.randn(2, batch, network.autoencoder.latent_channels, side, side, side, device=DEVICE)
+    mr, ct = torch.randn(2, batch, 1, SIZE, SIZE, SIZE, device=DEVICE)
+
+    def run() -> Tensor:
+        timesteps, noise = torch.randint(0, 1000, (batch,), device=DEVICE), torch.randn_like(clean)
+        output = infer(clean, estimate, noise=noise, timesteps=timesteps, condition=z_mr, mr=mr)
+        return loss(output, (network.schedule.target(clean, noise, timesteps), torch.ones_like(ct), ct))
+
+    return estimate, run
+
+
+def step_ms(stage: Callable, batch: int, cuda_graph: bool, repeats: int) -> float:
+    """Median milliseconds of a step."""
+    torch.manual_seed(0)
+    network = Synthesizer().to(DEVICE, memory_format=torch.channels_last_3d)
+    trained, loss = stage(network, AutocastInferer(SimpleInferer(), True, cuda_graph), batch)
+    optimizer = torch.optim.Adam([p for p in trained.parameters() if p.requires_grad], 1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+
+    return 1000 * float(np.median([seconds(step, DEVICE) for _ in range(repeats + 3)][3:]))
+
+
+def main(repeats: int = 20) -> None:
+    rows = []
+    for name, stage, batches in (("1, patients", stage_one, (4, 8)), ("2, crops", stage_two, (8, 16, 32))):
+        for batch in batches:
+            row: dict[str, object] = {"stage": name, "batch": batch}
+            row["one by one, ms"] = step_ms(stage, batch, False, repeats)
+            if DEVICE.type == "cuda":
+                row["CUDA graph, ms"] = step_ms(stage, batch, True, repeats)
+            rows.append(row)
+            print(row, flush=True)
+    publish("graph_gpu" if DEVICE.type == "cuda" else "graph", rows, list(rows[0]), DEVICE)
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
