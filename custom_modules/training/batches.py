@@ -11,6 +11,7 @@ from monai.inferers import Inferer, sliding_window_inference
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
+from custom_modules.errors import stop
 from custom_modules.networks.autoencoder import WaveletAutoencoderKL
 from custom_modules.networks.schedule import DDIMSchedule
 from custom_modules.networks.synthesizer import Synthesizer
@@ -24,7 +25,7 @@ class AutocastInferer(Inferer):
     Args:
         cuda_graph: on CUDA, capture the forward and the backward pass of the first batch and replay them for all
             others, which have its shapes: the CPU then launches two graphs and not thousands of kernels. All arguments
-            must be tensors.
+            and results must be tensors, and there must be one process.
     """
 
     def __init__(self, inferer: Callable[..., Any], enabled: bool = True, cuda_graph: bool = False) -> None:
@@ -36,13 +37,18 @@ class AutocastInferer(Inferer):
         device = next(network.parameters(), inputs).device
         if self.cuda_graph and device.type == "cuda":
             tensors = (inputs, *args, *kwargs.values())
-            if self.captured is None:
-                torch.backends.cudnn.benchmark = True  # all batches have one shape
-                positional = _Positional(self.inferer, network, self.enabled, tuple(kwargs))
-                self.captured = torch.cuda.make_graphed_callables(positional, tensors, allow_unused_input=True)
+            self.captured = self.captured or self._capture(network, tensors, tuple(kwargs))
             return self.captured(*tensors)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.enabled):
             return self.inferer(inputs, network, *args, **kwargs)
+
+    def _capture(self, network: nn.Module, tensors: tuple[Tensor, ...], names: Sequence[str]) -> Callable[..., Any]:
+        torch.backends.cudnn.benchmark = True  # all batches have one shape
+        positional = _Positional(self.inferer, network, self.enabled, names)
+        try:
+            return torch.cuda.make_graphed_callables(positional, tensors, allow_unused_input=True)
+        except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
+            stop(f"--cuda_graph: the networks cannot be captured ({' '.join(str(error).split())[:99]}); leave it out")
 
 
 class _Positional(nn.Module):
