@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import save
+from monai.data import MetaTensor
+from monai.transforms import Compose, Transform
 
 from bundle.phantom.command import torso_phantom
+from custom_modules.data.cache import ProcessCacheDataset
 from custom_modules.data.pairs import check_pairs_or_stop, load_pairs
 from custom_modules.data.sampler import PatientSampler, SeededDataset, seed_of
-from custom_modules.errors import InputError
+from custom_modules.errors import InputError, one_line
 
 AFFINE = np.diag([8.0, 8, 8, 1])
 
@@ -219,6 +222,34 @@ def test_a_batch_holds_all_patients_where_there_are_fewer_than_it_asks_for(caplo
     sampler = PatientSampler(SimpleNamespace(sizes=[5, 5, 9]), batch_size=8, batches=4)
     assert all(sorted(index for index, _ in batch) == [0, 1, 2] for batch in sampler)
     assert [record.message for record in caplog.records] == ["batches of 3 patients instead of 8: there are no more"]
+
+
+class Doubled(Transform):
+    """Twice the image; an item without one is refused."""
+
+    def __call__(self, data):
+        if data["image"] is None:
+            raise InputError("p2/mr.nii: cannot be read")
+        return {"image": 2 * data["image"], "patient": data["patient"]}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_cache_holds_what_its_transforms_make_however_many_processes_fill_it(workers):
+    affine = torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0], dtype=torch.float64))
+    items = [{"image": MetaTensor(torch.full((1, 2), float(n)), affine=affine), "patient": f"p{n}"} for n in range(5)]
+    cached = ProcessCacheDataset(items, Compose([Doubled()]), num_workers=workers, progress=False)
+    assert [item["patient"] for item in cached] == [f"p{n}" for n in range(5)]
+    assert all(torch.equal(item["image"].as_tensor(), torch.full((1, 2), 2.0 * n)) for n, item in enumerate(cached))
+    assert torch.equal(cached[3]["image"].affine, affine)
+    assert not any(item["image"].is_shared() for item in cached)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_cannot_be_read_is_named_however_many_processes_fill_a_cache(workers):
+    items = [{"image": torch.ones(1), "patient": "p1"}, {"image": None, "patient": "p2"}]
+    with pytest.raises(Exception) as caught:
+        ProcessCacheDataset(items, Compose([Doubled()]), num_workers=workers, progress=False)
+    assert one_line(caught.value, "") == "p2/mr.nii: cannot be read"
 
 
 def test_an_item_is_a_function_of_its_key():

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from monai.data import CacheDataset, DataLoader, Dataset
+from monai.data import DataLoader, Dataset
 from monai.transforms import Randomizable
 from torch import Tensor
 from tqdm import tqdm
 
+from custom_modules.data.cache import ProcessCacheDataset
 from custom_modules.data.sampler import SeededDataset, seed_of
 from custom_modules.memory import free_memory
 from custom_modules.networks.synthesizer import Synthesizer
@@ -60,7 +61,7 @@ class LatentDataset(Randomizable, Dataset):
         """Encode all patients; call it once, before the first item is read. The same seed gives the same copies."""
         count = len(self.data)
         keys = [(patient, seed_of(self.seed, copy, patient)) for copy in range(self.copies) for patient in range(count)]
-        images = SeededDataset(CacheDataset(self.data, self.transform, num_workers=self.workers))
+        images = SeededDataset(ProcessCacheDataset(self.data, self.transform, num_workers=self.workers))
         loader = DataLoader(images, batch_size=1, sampler=keys, num_workers=self.workers)
         latents: list[list[dict[str, Any]]] = [[] for _ in self.data]
         for (patient, _), batch in zip(keys, tqdm(loader, desc="encoding", unit="volume")):
