@@ -234,7 +234,7 @@ class SimulateMR(Randomizable):
         marrow_fat: Range = (0.3, 0.9),
         relaxation: float = 0.12,
         dephasing: Range = (5, 25),
-        trabecular: Range = (1, 5),
+        trabecular: Range = (1, 12),
         lung: Range = (1.0, 2.5),
         shading: Range = (1.0, 1.5),
         noise: Range = (0.005, 0.04),
@@ -288,7 +288,7 @@ class SimulateMR(Randomizable):
         shift = FAT_SHIFT * FIELDS[field] / 1000  # cycles per ms
         cycles = self.R.randint(0 if phase > 0.25 else 1, 3) + phase  # the first echo in phase is at time zero
         echo = cycles / shift if gradient else self._draw(contrast.echo_time)
-        dephasing = self._draw(self.dephasing) / 1000 if gradient else 0.0
+        dephasing = self._draw(self.dephasing) / 1000 * FIELDS[field] / FIELDS[0] if gradient else 0.0
         fat_t2, fat_signal = self._draw(contrast.fat_t2), self._draw(contrast.fat_signal)
 
         def signal(tissue: str, stronger: float = 1.0) -> float:
