@@ -36,6 +36,7 @@ DIFFUSION = {
 }  # fmt: skip
 BENCHES = (
     ["pipeline.py", "volumes", "--amp", "True"], ["pipeline.py", "volumes"], ["pipeline.py", "settings"], ["blocks.py"],
+    ["graph.py"],
 )  # fmt: skip
 
 

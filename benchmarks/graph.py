@@ -44,9 +44,11 @@ def stage_two(network: Synthesizer, infer: AutocastInferer, batch: int) -> tuple
     return estimate, run
 
 
-def step_ms(stage: Callable, batch: int, cuda_graph: bool, repeats: int) -> float:
-    """Median milliseconds of a step."""
+def measure(stage: Callable, batch: int, cuda_graph: bool, repeats: int) -> tuple[float, float]:
+    """Median milliseconds of a step, and the GiB that PyTorch took on a GPU at most."""
     torch.manual_seed(0)
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     network = Synthesizer().to(DEVICE, memory_format=torch.channels_last_3d)
     trained, loss = stage(network, AutocastInferer(SimpleInferer(), True, cuda_graph), batch)
     optimizer = torch.optim.Adam([p for p in trained.parameters() if p.requires_grad], 1e-4)
@@ -57,7 +59,8 @@ def step_ms(stage: Callable, batch: int, cuda_graph: bool, repeats: int) -> floa
         torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
 
-    return 1000 * float(np.median([seconds(step, DEVICE) for _ in range(repeats + 3)][3:]))
+    times = [seconds(step, DEVICE) for _ in range(repeats + 3)][3:]
+    return 1000 * float(np.median(times)), torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else 0.0
 
 
 def main(repeats: int = 20) -> None:
@@ -65,9 +68,8 @@ def main(repeats: int = 20) -> None:
     for name, stage, batches in (("1, patients", stage_one, (4, 8)), ("2, crops", stage_two, (8, 16, 32))):
         for batch in batches:
             row: dict[str, object] = {"stage": name, "batch": batch}
-            row["one by one, ms"] = step_ms(stage, batch, False, repeats)
-            if DEVICE.type == "cuda":
-                row["CUDA graph, ms"] = step_ms(stage, batch, True, repeats)
+            for how in ("one by one", "CUDA graph") if DEVICE.type == "cuda" else ("one by one",):
+                row[f"{how}, ms"], row[f"{how}, GiB"] = measure(stage, batch, how == "CUDA graph", repeats)
             rows.append(row)
             print(row, flush=True)
     publish("graph_gpu" if DEVICE.type == "cuda" else "graph", rows, list(rows[0]), DEVICE)

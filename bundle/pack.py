@@ -72,8 +72,8 @@ def _packed(pair: dict[str, str], folder: Path, spacing: float, step: int) -> di
     read = Compose(
         [
             ReadVolumed(keys), SameGridd(keys), Orientationd(keys, axcodes="RAS", labels=None),
-            *([SubtractBackgroundd("image")] if "image" in keys else []), ToSpacingd(keys, [spacing] * 3),
-            *([CorrectBiasFieldd("image")] if "image" in keys else []),
+            SubtractBackgroundd("image", allow_missing_keys=True), ToSpacingd(keys, [spacing] * 3),
+            CorrectBiasFieldd("image", allow_missing_keys=True),
         ]
     )  # fmt: skip
     data, files = read({key: pair[key] for key in keys}), {}

@@ -67,9 +67,6 @@ class CorrectBiasFieldd(MapTransform):
     muscle of a limb do not. The median signal in the body stays what it was.
     """
 
-    def __init__(self, keys: KeysCollection) -> None:
-        super().__init__(keys)
-
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         data = dict(data)
         for key in self.key_iterator(data):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from monai.networks.schedulers import Scheduler
@@ -74,15 +75,16 @@ class DDIMSchedule(Scheduler):
         self._alpha_bars = self._alpha_bars.to(z.device)
         share = self._alpha_bars[timesteps].view(-1, *[1] * (z.ndim - 1))
         signal, noise = share.sqrt().float(), (1 - share).sqrt().float()
+        return self._clean(output, z, signal, noise)
+
+    def _clean(self, output: Tensor, z: Tensor, signal: Any, noise: Any) -> Tensor:
         return (z - noise * output) / signal if self.prediction == "epsilon" else signal * z - noise * output
 
     def step(self, output: Tensor, t: int, next_t: int, z: Tensor) -> Tensor:  # type: ignore[override]
         """Step from Z^t to Z^next_t (Eq. 13) by the one-step estimate of the clean latent (Eq. 14)."""
         signal, noise = self.alpha_bar(t) ** 0.5, (1 - self.alpha_bar(t)) ** 0.5
-        if self.prediction == "epsilon":
-            clean, epsilon = (z - noise * output) / signal, output
-        else:
-            clean, epsilon = signal * z - noise * output, signal * output + noise * z
+        clean = self._clean(output, z, signal, noise)
+        epsilon = output if self.prediction == "epsilon" else signal * output + noise * z
         return self.alpha_bar(next_t) ** 0.5 * clean + (1 - self.alpha_bar(next_t)) ** 0.5 * epsilon
 
     def sample(

@@ -96,7 +96,7 @@ class WaveletTransform3d(nn.Module):
         super().__init__()
         self.wavelet = wavelet
         if wavelet in ("haar", "db1"):
-            self.filters = None
+            self.filters = nn.ParameterList()
             return
         import pywt
         from pytorch_wavelets.dwt.lowlevel import prep_filt_afb1d, prep_filt_sfb1d
@@ -128,7 +128,6 @@ class WaveletTransform3d(nn.Module):
     def _filter_forward(self, x: Tensor) -> Tensor:
         from pytorch_wavelets.dwt.lowlevel import afb1d
 
-        assert self.filters is not None
         channels = x.shape[1]
         for axis in (2, 3, 4):  # each pass appends its letter to the band's name, so depth is the slowest
             lines, back = _as_images(x, axis)
@@ -139,7 +138,6 @@ class WaveletTransform3d(nn.Module):
     def _filter_inverse(self, bands: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
         from pytorch_wavelets.dwt.lowlevel import sfb1d
 
-        assert self.filters is not None
         filters = [f.to(bands).view(1, 1, -1, 1) for f in self.filters[2:]]
         x = bands.unflatten(1, (2, 2, 2, -1)).permute(0, 3, 2, 1, 4, 5, 6, 7).flatten(1, 4)
         for axis, length in zip((4, 3, 2), reversed(size)):
