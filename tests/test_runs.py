@@ -28,7 +28,7 @@ from custom_modules.training.handlers import (
     ValidateAtEnd,
     handlers_of_rank,
 )
-from custom_modules.training.record import RunRecord, write_record
+from custom_modules.training.record import RunRecord, version, write_record
 
 LONG = {"steps_per_epoch": 4, "max_epochs": 3, "val_interval": 2, "checkpoint_interval": 3}
 
@@ -303,6 +303,10 @@ def test_only_the_first_rank_writes(tmp_path):
     handlers = [StepSeed(0), ProgressBar(), BestWeights(nn.Linear(1, 1), tmp_path / "a.pt", "x"), StopOnNonFinite()]
     assert handlers_of_rank(handlers, 0) == handlers
     assert handlers_of_rank(handlers, 1) == [handlers[0], handlers[3]]
+
+
+def test_a_package_that_is_not_installed_has_no_version():
+    assert version("no-such-package") is None and version("torch").split("+")[0] == torch.__version__.split("+")[0]
 
 
 def test_the_record_says_what_ran_and_grows_when_resumed(tmp_path):
