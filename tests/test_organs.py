@@ -15,7 +15,7 @@ from bundle.clinical.organs import organs
 from bundle.simulate import simulate
 from custom_modules.data.organs import TISSUE_WORDS, class_names, organ_tissues
 from custom_modules.data.pairs import check_pairs_or_stop, load_pairs
-from custom_modules.data.simulation import SimulateMR, tissue_regions
+from custom_modules.data.simulation import MARROW, SimulateMR, tissue_regions
 from custom_modules.errors import InputError
 from custom_modules.evaluation.clinical import clinical_figures
 from custom_modules.evaluation.organs import organ_hu, usual_hu
@@ -149,6 +149,15 @@ def test_labelled_organs_are_of_their_tissue_in_every_simulated_mr(files):
         mr = draw(hu, regions, (2, 2, 2))
         found.add(round(float(mr[6, 6, 6] / mr[15, 15, 15]), 2))
     assert found == expected
+
+
+def test_labels_say_what_is_bone():
+    ct, organs = np.full((40, 40, 40), 50, np.float32), np.zeros((40, 40, 40), np.uint8)
+    ct[4:16, 4:36, 4:36], ct[22:36, 4:36, 4:36] = 100, 700  # osteoporotic vertebra; aorta with contrast medium
+    organs[4:16, 4:36, 4:36], organs[22:36, 4:36, 4:36] = (1 + list(TISSUE_WORDS).index(n) for n in ("marrow", "blood"))
+    alone, labelled = (tissue_regions(ct, ct > -500, (2, 2, 2), labels) == MARROW for labels in (None, organs))
+    assert not alone[6:14, 6:34, 6:34].any() and alone[24:34, 6:34, 6:34].all()
+    assert labelled[6:14, 6:34, 6:34].all() and not labelled[24:34, 6:34, 6:34].any()
 
 
 @pytest.mark.parametrize(

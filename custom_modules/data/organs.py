@@ -15,12 +15,17 @@ from custom_modules.data.volumes import read_volume
 from custom_modules.errors import InputError
 
 MUSCLES = ("muscle", "gluteus", "autochthon", "iliopsoas", "quadriceps", "sartorius", "thigh")
-# the tissues that data/simulation.py knows, and words in the names of their TotalSegmentator classes; bone, air and fat
-# show in the HU
+BONES = (
+    "vertebra", "sacrum", "rib_", "hip_", "femur", "humerus", "scapula", "clavicula", "sternum", "skull", "patella",
+    "tibia", "fibula", "tarsal", "radius", "ulna", "carpal",
+)  # fmt: skip
+# the tissues that data/simulation.py knows, and words in the names of their TotalSegmentator classes; air and fat show
+# in the HU
 TISSUE_WORDS: dict[str, tuple[str, ...]] = {
     "fluid": ("bladder", "cyst"), "liver": ("liver",), "spleen": ("spleen",), "kidney": ("kidney",),
     "pancreas": ("pancreas",), "blood": ("aorta", "vena", "vein", "artery", "trunk", "heart", "atri", "ventricle"),
     "brain": ("brain", "spinal_cord"), "muscle": MUSCLES,
+    "marrow": BONES,
 }  # fmt: skip
 
 

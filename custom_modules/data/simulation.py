@@ -59,10 +59,12 @@ FAT_SHIFT = 3.4e-6 * 42.58e6  # Hz per T, between water and fat
 FAT_HU, SOFT_HU, SPONGY_HU = -100.0, 20.0, 120.0
 AERATED_HU = -250.0  # less than any fat: air and soft tissue
 BONE_HU, BONE_PEAK_HU = 150.0, 500.0  # a skeleton's part goes beyond the second; enhanced vessels do not
+COMPACT_HU, COMPACT_SHARE = 400.0, 0.12  # where more of a part is as dense, it is bone; skeletons have 0.15 and more
 MARROW_HU, MARROW_AREA = 65.0, 3000.0  # red marrow is denser than cord and muscle; mm2 of the inside of a bone
 REGION_GRID, REGION_SIZE = 2, 28.0  # voxels that are pooled to find regions, mm along a region
 MARROW, SURFACE, FIRST_TISSUE = 1, 2, 3  # labels
 FIRST_REGION = FIRST_TISSUE + len(TISSUE_WORDS)
+BONE_LABEL = 1 + list(TISSUE_WORDS).index("marrow")  # of organ_tissues
 
 
 class Contrast(NamedTuple):
@@ -140,13 +142,12 @@ def tissue_regions(
     Args:
         organs: of :func:`~custom_modules.data.organs.organ_tissues`.
     """
-    smooth = ndimage.gaussian_filter(ct.astype(np.float32), 1.0)
-    candidates, number = ndimage.label((smooth > BONE_HU) & body)
-    peaks = ndimage.maximum(ct, candidates, np.arange(number + 1))
-    bone = (np.asarray(peaks) > BONE_PEAK_HU)[candidates] & (candidates > 0)
-    bone = enclosed_marrow(bone, smooth, spacing)
+    smooth = ndimage.gaussian_filter(ct.astype(np.float32), 0.7)  # more would close thin discs of the spine
+    bone = enclosed_marrow(skeleton(ct, smooth, body), smooth, spacing)
+    if organs is not None:
+        bone = np.where(organs > 0, organs == BONE_LABEL, bone)
     step = (slice(None, None, REGION_GRID),) * 3
-    coarse, inside = np.clip(smooth[step], -200, 200) / 400, (body & ~bone)[step]
+    coarse, inside = np.clip(ndimage.gaussian_filter(smooth, 0.7)[step], -200, 200) / 400, (body & ~bone)[step]
     extent = np.prod(np.asarray(spacing) * REGION_GRID) * max(inside.sum(), 1)
     count = max(2, round(extent / REGION_SIZE**3))
     labels = slic(
@@ -162,19 +163,36 @@ def tissue_regions(
     return regions.astype(np.int16)
 
 
+def skeleton(ct: np.ndarray, smooth: np.ndarray, body: np.ndarray) -> np.ndarray:
+    """The dense parts (D, H, W) of a CT that are bone: those that reach the density of compact bone. Kidneys reach it,
+    too, where contrast medium fills them, but only a little of them and inside."""
+    dense = (smooth > BONE_HU) & body
+    parts, number = ndimage.label(dense)
+    index = np.arange(1, number + 1)
+    crust, core = (ndimage.binary_erosion(dense, iterations=depth) for depth in (1, 3))
+    below, inside = (_means(smooth, np.where(where, parts, 0), number) for where in (crust & ~core, core))
+    peaks, compact = ndimage.maximum(ct, parts, index), _means(ct > COMPACT_HU, parts, number)
+    filled = (inside > below) & (compact < COMPACT_SHARE)
+    return np.concatenate([[False], (np.asarray(peaks) > BONE_PEAK_HU) & ~filled])[parts]
+
+
+def _means(values: np.ndarray, labels: np.ndarray, number: int) -> np.ndarray:
+    """Mean of ``values`` in each of the labels 1 to ``number``; 0 where there are no voxels."""
+    sizes = np.bincount(labels.ravel(), minlength=number + 1)
+    return (np.bincount(labels.ravel(), values.ravel(), number + 1) / np.maximum(sizes, 1))[1:]
+
+
 def enclosed_marrow(bone: np.ndarray, hu: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """Bone (D, H, W) with the marrow that it encloses in any plane; the spinal canal and the brain, which bone encloses
-    too, are not as dense as red marrow, or are larger than the inside of a bone."""
-    shell = ndimage.binary_closing(bone, ndimage.generate_binary_structure(3, 1), iterations=2) | bone
-    inside = np.zeros_like(shell)
-    for axis in range(3):
-        area = np.prod(np.delete(np.asarray(spacing, float), axis))
-        planes, found = np.moveaxis(shell, axis, 0), np.moveaxis(inside, axis, 0)
-        for plane, target in zip(planes, found):
-            holes, number = ndimage.label(ndimage.binary_fill_holes(plane) & ~plane)
-            small = np.bincount(holes.ravel(), minlength=number + 1) * area < MARROW_AREA
-            target |= small[holes] & (holes > 0)
-    return bone | ((shell | inside) & (hu > MARROW_HU))
+    """Bone (D, H, W) with the marrow that it encloses in an axial plane; in others it encloses the discs of the spine,
+    too. The spinal canal and the brain are not as dense as red marrow, or are larger than the inside of a bone."""
+    cross = ndimage.generate_binary_structure(2, 1)
+    area, found = float(spacing[0] * spacing[1]), bone.copy()
+    for plane, target in zip(np.moveaxis(bone, 2, 0), np.moveaxis(found, 2, 0)):
+        shell = ndimage.binary_closing(plane, cross) | plane
+        holes, number = ndimage.label(ndimage.binary_fill_holes(shell) & ~shell)
+        small = np.bincount(holes.ravel(), minlength=number + 1) * area < MARROW_AREA
+        target |= shell | (small[holes] & (holes > 0))
+    return bone | (found & (hu > MARROW_HU))
 
 
 class CTBodyd(MapTransform):
