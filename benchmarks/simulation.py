@@ -97,7 +97,7 @@ def inside(volumes: list[np.ndarray], masks: list[np.ndarray]) -> np.ndarray:
 
 def draw(limb: dict, found: dict, torso: dict | None) -> None:
     """The picture: a limb's CT, real and simulated MR, histograms, and the contrasts of a torso."""
-    figure, axes = plt.subplots(2, 6, figsize=(15, 6))
+    figure, axes = plt.subplots(2, 6, figsize=(15, 7), height_ratios=(3, 4))
     for axis in axes.ravel():
         axis.set_axis_off()
     k = limb["label"].shape[3] // 2
@@ -113,9 +113,9 @@ def draw(limb: dict, found: dict, torso: dict | None) -> None:
         axis.set(title=name, yticks=[], xlabel="MR")
         axis.legend(fontsize=8, frameon=False)
     if torso is not None:
-        k = torso["label"].shape[3] // 3
-        second = {"CT of a torso": (torso["label"][0, :, :, k], -200, 400)}
-        second |= {name.replace("_", " "): (simulated(torso, name)[:, :, k], 0, 1250) for name in SHOWN}
+        k = int((np.asarray(torso["regions"][0]) == MARROW).sum((1, 2)).argmax())  # the sagittal plane of the spine
+        second = {"CT of a torso": (torso["label"][0, k], -200, 400)}
+        second |= {name.replace("_", " "): (simulated(torso, name)[k], 0, 1250) for name in SHOWN}
         show(axes[1], second)
     figure.tight_layout()
     figure.savefig(ROOT / "docs/figures/simulation.png", dpi=70)

