@@ -183,8 +183,9 @@ def _means(values: np.ndarray, labels: np.ndarray, number: int) -> np.ndarray:
 
 
 def enclosed_marrow(bone: np.ndarray, hu: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """Bone (D, H, W) with the marrow that it encloses in an axial plane; in others it encloses the discs of the spine,
-    too. The spinal canal and the brain are not as dense as red marrow, or are larger than the inside of a bone."""
+    """Bone (D, H, W) with the marrow that it encloses in an axial plane (W goes from feet to head); in other planes it
+    encloses the discs of the spine, too. The spinal canal and the brain are not as dense as red marrow, or are larger
+    than the inside of a bone."""
     cross = ndimage.generate_binary_structure(2, 1)
     area, found = float(spacing[0] * spacing[1]), bone.copy()
     for plane, target in zip(np.moveaxis(bone, 2, 0), np.moveaxis(found, 2, 0)):
