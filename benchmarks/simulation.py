@@ -117,7 +117,7 @@ def draw(limb: dict, found: dict, torso: dict | None) -> None:
         second = {"CT of a torso": (torso["label"][0, k], -200, 400)}
         second |= {name.replace("_", " "): (simulated(torso, name)[k], 0, 1250) for name in SHOWN}
         show(axes[1], second)
-    figure.tight_layout()
+    figure.tight_layout(h_pad=2)
     figure.savefig(ROOT / "docs/figures/simulation.png", dpi=70)
 
 
