@@ -153,7 +153,7 @@ def test_labelled_organs_are_of_their_tissue_in_every_simulated_mr(files):
 
 def test_labels_say_what_is_bone():
     ct, organs = np.full((40, 40, 40), 50, np.float32), np.zeros((40, 40, 40), np.uint8)
-    ct[4:16, 4:36, 4:36], ct[22:36, 4:36, 4:36] = 100, 700  # osteoporotic vertebra; aorta with contrast medium
+    ct[4:16, 4:36, 4:36], ct[22:36, 4:36, 4:36] = 100, 700  # vertebra of low density; aorta with contrast medium
     organs[4:16, 4:36, 4:36], organs[22:36, 4:36, 4:36] = (1 + list(TISSUE_WORDS).index(n) for n in ("marrow", "blood"))
     alone, labelled = (tissue_regions(ct, ct > -500, (2, 2, 2), labels) == MARROW for labels in (None, organs))
     assert not alone[6:14, 6:34, 6:34].any() and alone[24:34, 6:34, 6:34].all()

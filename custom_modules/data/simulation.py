@@ -147,7 +147,8 @@ def tissue_regions(
     if organs is not None:
         bone = np.where(organs > 0, organs == BONE_LABEL, bone)
     step = (slice(None, None, REGION_GRID),) * 3
-    coarse, inside = np.clip(ndimage.gaussian_filter(smooth, 0.7)[step], -200, 200) / 400, (body & ~bone)[step]
+    smoother = ndimage.gaussian_filter(smooth, 0.7)  # pooling must not see the noise
+    coarse, inside = np.clip(smoother[step], -200, 200) / 400, (body & ~bone)[step]
     extent = np.prod(np.asarray(spacing) * REGION_GRID) * max(inside.sum(), 1)
     count = max(2, round(extent / REGION_SIZE**3))
     labels = slic(
