@@ -20,7 +20,8 @@ from common import ROOT, publish
 from scipy import ndimage
 
 from custom_modules.data.pairs import load_pairs
-from custom_modules.data.simulation import MARROW, SimulateMR, SimulateMRd
+from custom_modules.data.regions import MARROW
+from custom_modules.data.simulation import SimulateMR, SimulateMRd
 from custom_modules.data.transforms import Preprocess
 
 matplotlib.use("Agg")

@@ -16,8 +16,9 @@ from bundle.workflow import ROOT
 from custom_modules.data.grid import ToSpacingd
 from custom_modules.data.hu import check_hu
 from custom_modules.data.inputs import find_volumes
+from custom_modules.data.regions import CTBodyd, CTRegionsd
 from custom_modules.data.sampler import seed_of
-from custom_modules.data.simulation import CTBodyd, CTRegionsd, SimulateMR
+from custom_modules.data.simulation import SimulateMR
 from custom_modules.data.volumes import ReadVolumed, sibling_path, write_volume
 from custom_modules.errors import InputError
 from custom_modules.files import writable_or_stop, write_json

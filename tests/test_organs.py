@@ -15,7 +15,8 @@ from bundle.clinical.organs import organs
 from bundle.simulate import simulate
 from custom_modules.data.organs import TISSUE_WORDS, class_names, organ_tissues
 from custom_modules.data.pairs import check_pairs_or_stop, load_pairs
-from custom_modules.data.simulation import MARROW, SimulateMR, tissue_regions
+from custom_modules.data.regions import MARROW, tissue_regions
+from custom_modules.data.simulation import SimulateMR
 from custom_modules.errors import InputError
 from custom_modules.evaluation.clinical import clinical_figures
 from custom_modules.evaluation.organs import organ_hu, usual_hu

@@ -17,12 +17,10 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Randomizable, RandomizableTransform
 from scipy import ndimage
-from skimage.segmentation import slic
 
-from custom_modules.data.body import ct_parts, fill_cavities
-from custom_modules.data.hu import AIR_HU
 from custom_modules.data.mr import StandardizeMRd
-from custom_modules.data.organs import TISSUE_WORDS, organ_tissues
+from custom_modules.data.organs import TISSUE_WORDS
+from custom_modules.data.regions import FIRST_REGION, FIRST_TISSUE, MARROW, SURFACE
 from custom_modules.errors import InputError
 
 Range = Sequence[float]
@@ -58,13 +56,6 @@ FAT_SHIFT = 3.4e-6 * 42.58e6  # Hz per T, between water and fat
 # HU at which the parts of a voxel begin and end (Schneider et al. 2000: fat -98, muscle 14 to 50, cortical bone 1600)
 FAT_HU, SOFT_HU, SPONGY_HU = -100.0, 20.0, 120.0
 AERATED_HU = -250.0  # less than any fat: air and soft tissue
-BONE_HU, BONE_PEAK_HU = 150.0, 500.0  # a skeleton's part goes beyond the second; enhanced vessels do not
-COMPACT_HU, COMPACT_SHARE = 400.0, 0.12  # where more of a part is as dense, it is bone; skeletons have 0.15 and more
-MARROW_HU, MARROW_AREA = 65.0, 3000.0  # red marrow is denser than cord and muscle; mm2 of the inside of a bone
-REGION_GRID, REGION_SIZE = 2, 28.0  # voxels that are pooled to find regions, mm along a region
-MARROW, SURFACE, FIRST_TISSUE = 1, 2, 3  # labels
-FIRST_REGION = FIRST_TISSUE + len(TISSUE_WORDS)
-BONE_LABEL = 1 + list(TISSUE_WORDS).index("marrow")  # of organ_tissues
 
 
 class Contrast(NamedTuple):
@@ -110,8 +101,8 @@ class Parts(NamedTuple):
 
 
 def voxel_parts(ct: np.ndarray, regions: np.ndarray, cortical_hu: float = 1300.0) -> Parts:
-    """Return the parts of the voxels of a CT (D, H, W) in HU; see :func:`tissue_regions`. At ``cortical_hu`` all is
-    mineral."""
+    """Return the parts of the voxels of a CT (D, H, W) in HU, given its
+    :func:`~custom_modules.data.regions.tissue_regions`. At ``cortical_hu`` all is mineral."""
     hu = ndimage.gaussian_filter(ct.astype(np.float32), 0.6)  # the noise of the CT is none of the MR
     tissue = tissue_beside_air(hu)
     fat = np.clip((SOFT_HU - tissue) / (SOFT_HU - FAT_HU), 0, 1) * (tissue >= AERATED_HU)
@@ -128,103 +119,6 @@ def tissue_beside_air(hu: np.ndarray) -> np.ndarray:
     air = hu < AERATED_HU
     beside = ndimage.binary_dilation(air, ndimage.generate_binary_structure(3, 3)) & ~air
     return np.where(beside, np.maximum(np.minimum(ndimage.maximum_filter(hu, 5), SOFT_HU), hu), hu)
-
-
-def tissue_regions(
-    ct: np.ndarray, body: np.ndarray, spacing: Sequence[float], organs: np.ndarray | None = None
-) -> np.ndarray:
-    """Label the tissue of a CT (D, H, W): 0 outside the ``body``, 1 inside of bones, 2 their surface, from 3 on organs
-    of known tissue, in the order of :data:`~custom_modules.data.organs.TISSUE_WORDS`, and after these supervoxels.
-
-    Supervoxels (SLIC, Achanta et al. 2012) on a grid of half the resolution stand for organs and muscles whose tissue
-    is not known.
-
-    Args:
-        organs: of :func:`~custom_modules.data.organs.organ_tissues`.
-    """
-    smooth = ndimage.gaussian_filter(ct.astype(np.float32), 0.7)  # more would close thin discs of the spine
-    bone = enclosed_marrow(skeleton(ct, smooth, body), smooth, spacing)
-    if organs is not None:
-        bone = np.where(organs > 0, organs == BONE_LABEL, bone)
-    step = (slice(None, None, REGION_GRID),) * 3
-    smoother = ndimage.gaussian_filter(smooth, 0.7)  # pooling must not see the noise
-    coarse, inside = np.clip(smoother[step], -200, 200) / 400, (body & ~bone)[step]
-    extent = np.prod(np.asarray(spacing) * REGION_GRID) * max(inside.sum(), 1)
-    count = max(2, round(extent / REGION_SIZE**3))
-    labels = slic(
-        coarse, n_segments=count, compactness=0.03, mask=inside, channel_axis=None, enforce_connectivity=False
-    )
-    fine = labels.repeat(REGION_GRID, 0).repeat(REGION_GRID, 1).repeat(REGION_GRID, 2)
-    fine = fine[tuple(slice(n) for n in ct.shape)]
-    regions = np.where(body, FIRST_REGION + np.maximum(fine, 0), 0)
-    if organs is not None:
-        regions = np.where((organs > 0) & (regions > 0), FIRST_TISSUE - 1 + organs.astype(int), regions)
-    regions[bone] = SURFACE
-    regions[ndimage.binary_erosion(bone, border_value=1)] = MARROW
-    return regions.astype(np.int16)
-
-
-def skeleton(ct: np.ndarray, smooth: np.ndarray, body: np.ndarray) -> np.ndarray:
-    """The dense parts (D, H, W) of a CT that are bone: those that reach the density of compact bone. Kidneys reach it,
-    too, where contrast medium fills them, but only a little of them and inside."""
-    dense = (smooth > BONE_HU) & body
-    parts, number = ndimage.label(dense)
-    index = np.arange(1, number + 1)
-    crust, core = (ndimage.binary_erosion(dense, iterations=depth) for depth in (1, 3))
-    below, inside = (_means(smooth, np.where(where, parts, 0), number) for where in (crust & ~core, core))
-    peaks, compact = ndimage.maximum(ct, parts, index), _means(ct > COMPACT_HU, parts, number)
-    filled = (inside > below) & (compact < COMPACT_SHARE)
-    return np.concatenate([[False], (np.asarray(peaks) > BONE_PEAK_HU) & ~filled])[parts]
-
-
-def _means(values: np.ndarray, labels: np.ndarray, number: int) -> np.ndarray:
-    """Mean of ``values`` in each of the labels 1 to ``number``; 0 where there are no voxels."""
-    sizes = np.bincount(labels.ravel(), minlength=number + 1)
-    return (np.bincount(labels.ravel(), values.ravel(), number + 1) / np.maximum(sizes, 1))[1:]
-
-
-def enclosed_marrow(bone: np.ndarray, hu: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """Bone (D, H, W) with the marrow that it encloses in an axial plane (W goes from feet to head); in other planes it
-    encloses the discs of the spine, too. The spinal canal and the brain are not as dense as red marrow, or are larger
-    than the inside of a bone."""
-    cross = ndimage.generate_binary_structure(2, 1)
-    area, found = float(spacing[0] * spacing[1]), bone.copy()
-    for plane, target in zip(np.moveaxis(bone, 2, 0), np.moveaxis(found, 2, 0)):
-        shell = ndimage.binary_closing(plane, cross) | plane
-        holes, number = ndimage.label(ndimage.binary_fill_holes(shell) & ~shell)
-        small = np.bincount(holes.ravel(), minlength=number + 1) * area < MARROW_AREA
-        target |= shell | (small[holes] & (holes > 0))
-    return bone | (found & (hu > MARROW_HU))
-
-
-class CTBodyd(MapTransform):
-    """Add the ``body`` of a CT in ``keys`` that has no MR, and clear what lies outside: couch and clothes."""
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        data = dict(data)
-        for key in self.key_iterator(data):
-            ct = data[key]
-            body = fill_cavities(ct_parts(np.asarray(ct[0])), upright=True)
-            if not body.any():
-                raise InputError(f"{ct.meta.get('filename_or_obj', 'CT')}: no body found, only air")
-            data["body"] = MetaTensor(torch.from_numpy(body)[None].float(), affine=ct.affine)
-            data[key] = torch.where(data["body"] > 0, ct, torch.full_like(ct, AIR_HU))
-        return data
-
-
-class CTRegionsd(MapTransform):
-    """Add the :func:`tissue_regions` of the CT in ``keys`` as ``regions``, within its own body. ``organs`` is the
-    path of a label volume, if there is one."""
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        data = dict(data)
-        for key in self.key_iterator(data):
-            ct = data[key]
-            body = fill_cavities(ct_parts(np.asarray(ct[0])), upright=True)
-            organs = organ_tissues(data["organs"], ct) if "organs" in data else None
-            regions = tissue_regions(np.asarray(ct[0]), body, np.asarray(ct.pixdim), organs)
-            data["regions"] = MetaTensor(torch.from_numpy(regions)[None], affine=ct.affine)
-        return data
 
 
 class SimulateMR(Randomizable):
@@ -280,7 +174,7 @@ class SimulateMR(Randomizable):
         """Return the MR of a CT, both (D, H, W), the CT in HU, the MR with its brightest signal near 1000.
 
         Args:
-            regions: of :func:`tissue_regions`.
+            regions: of :func:`~custom_modules.data.regions.tissue_regions`.
             spacing: mm.
             contrast: its name; drawn when None.
 

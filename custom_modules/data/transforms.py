@@ -23,7 +23,7 @@ from monai.transforms import (
 from custom_modules.data.body import BodyMaskd, CropAboveShouldersd
 from custom_modules.data.grid import SameGridd, ToSpacingd
 from custom_modules.data.mr import CorrectBiasFieldd, StandardizeMRd, SubtractBackgroundd
-from custom_modules.data.simulation import CTBodyd, CTRegionsd
+from custom_modules.data.regions import CTBodyd, CTRegionsd
 from custom_modules.data.volumes import ReadVolumed
 
 
