@@ -12,7 +12,7 @@ from monai.inferers import SimpleInferer
 from custom_modules.errors import InputError
 from custom_modules.networks.autoencoder import WaveletAutoencoderKL
 from custom_modules.networks.schedule import DDIMSchedule
-from custom_modules.training.averaging import moving_average
+from custom_modules.training.averaging import MovingAverage
 from custom_modules.training.batches import (
     AutocastInferer,
     LatentPrepareBatch,
@@ -167,7 +167,7 @@ def test_what_a_cuda_graph_captures_is_the_same_with_tensors_by_position():
 
 def test_the_moving_average_of_a_short_training_holds_little_of_its_start():
     weights, model = [1.0, 4.0, 2.0, -3.0, 5.0], torch.nn.Linear(1, 1, bias=False)
-    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=moving_average(0.3))
+    averaged = MovingAverage(model, 0.3)
     expected = weights[0]
     for step, weight in enumerate(weights):
         torch.nn.init.constant_(model.weight, weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,17 +85,18 @@ class AfterStep:
 
 
 class StopOnNonFinite:
-    """Handler that ends the run when the loss is not finite, before the weights change, and names the batch."""
+    """Handler that ends the run when the loss is not finite, before the weights change, and names the batch. The loss
+    is left in ``engine.state.loss``: whoever reads it from a GPU later in the step would wait for the whole step."""
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        loss = engine.state.output["loss"]
-        if not torch.isfinite(loss):
+        loss = engine.state.loss = float(engine.state.output["loss"].detach())
+        if not math.isfinite(loss):
             names = ", ".join(engine.state.batch["patient"])
             stop(
-                f"the loss is {float(loss)} at iteration {engine.state.iteration}, patients {names}; the last "
+                f"the loss is {loss} at iteration {engine.state.iteration}, patients {names}; the last "
                 "checkpoint is good: check these volumes, or --resume true with a lower --learning_rate"
             )
 
@@ -123,7 +125,7 @@ class ValidateAtEnd:
 
 
 class ProgressBar:
-    """Handler that shows the iterations of the whole run, the loss and the time left."""
+    """Handler that shows the iterations of the whole run, the loss (of :class:`StopOnNonFinite`) and the time left."""
 
     def __init__(self, disable: bool = False) -> None:
         self.disable = disable
@@ -145,7 +147,7 @@ class ProgressBar:
         )
 
     def _update(self, engine: Engine) -> None:
-        self.bar.set_postfix(loss=f"{engine.state.output['loss'].item():.4g}", refresh=False)
+        self.bar.set_postfix(loss=f"{engine.state.loss:.4g}", refresh=False)
         self.bar.update()
 
 
