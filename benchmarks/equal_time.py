@@ -21,7 +21,9 @@ from bundle.compare.report import SCORES, write_curves  # noqa: E402
 from bundle.workflow import ROOT  # noqa: E402
 
 RECORDS = ROOT / "docs" / "results" / "one_core"
-TITLES = {name: system.title for name, system in SYSTEMS.items()} | {"full_voxelwise": "3D-WLDM, L_D voxel by voxel"}
+TITLES = {name: system.title for name, system in SYSTEMS.items()} | {
+    "full_voxelwise": "3D-WLDM, L_D voxel by voxel", "unet_lr_0.001": "3D U-Net, learning rate 0.001",
+}  # fmt: skip
 
 
 def main() -> None:
