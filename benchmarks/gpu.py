@@ -32,7 +32,8 @@ SETTINGS = {
 }  # fmt: skip
 AUTOENCODER = {"batch_size": 4, "validations": 1}
 DIFFUSION = {
-    "batch_size": 16, "distinct_patients": False, "augmented_copies": 24, "ema_decay": 0.999, "validations": 3,
+    "batch_size": 8, "roi_size": [96, 96, 64], "distinct_patients": False, "augmented_copies": 36, "ema_decay": 0.999,
+    "validations": 2,
 }  # fmt: skip
 BENCHES = (
     ["pipeline.py", "volumes", "--amp", "True"], ["pipeline.py", "volumes"], ["pipeline.py", "settings"], ["blocks.py"],
