@@ -65,25 +65,12 @@ def measure(stage: Callable, batch: int, cuda_graph: bool, repeats: int) -> tupl
     return 1000 * float(np.median(times)), torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else 0.0
 
 
-class Autocast(torch.nn.Module):
-    """A block under autocast, without the cache of casts, which a graph must not hold."""
-
-    def __init__(self, block: torch.nn.Module) -> None:
-        super().__init__()
-        self.block = block.to(DEVICE, memory_format=torch.channels_last_3d)
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(DEVICE.type, dtype=torch.bfloat16, cache_enabled=False):
-            return self.block(x)
-
-
 def measure_block(block: torch.nn.Module, channels: int, size: int, batch: int, repeats: int) -> float:
-    """Median milliseconds of forward and backward pass."""
+    """Median milliseconds of the forward and backward pass of a block, on a GPU as a graph."""
+    block = block.to(DEVICE, memory_format=torch.channels_last_3d)
     x = torch.randn(batch, channels, size, size, size, device=DEVICE).contiguous(memory_format=torch.channels_last_3d)
-    run, leaf = Autocast(block), x.requires_grad_()
-    if DEVICE.type == "cuda":
-        run = torch.cuda.make_graphed_callables(run, (leaf,))
-    times = [seconds(lambda: run(leaf).square().mean().backward(), DEVICE) for _ in range(repeats + 3)][3:]
+    infer, leaf = AutocastInferer(SimpleInferer(), True, cuda_graph=True), x.requires_grad_()
+    times = [seconds(lambda: infer(leaf, block).square().mean().backward(), DEVICE) for _ in range(repeats + 3)][3:]
     return 1000 * float(np.median(times))
 
 

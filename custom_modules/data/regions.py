@@ -18,10 +18,8 @@ from custom_modules.data.organs import TISSUE_WORDS, organ_tissues
 from custom_modules.errors import InputError
 
 DENSE_HU, PEAK_HU = 150.0, 500.0  # a skeleton's part goes beyond the second; enhanced vessels do not
-COMPACT_HU, COMPACT_SHARE = (
-    400.0,
-    0.12,
-)  # the share as dense: up to 0.10 in the kidneys of one CT, from 0.15 in skeletons
+COMPACT_HU = 400.0
+COMPACT_SHARE = 0.12  # of voxels as dense as that: up to 0.10 in the kidneys of one CT, from 0.15 in skeletons
 MARROW_HU, MARROW_AREA = 65.0, 3000.0  # red marrow is denser than cord and muscle; mm2 of the inside of a bone
 REGION_GRID, REGION_SIZE = 2, 28.0  # voxels that are pooled to find regions, mm along a region
 MARROW, SURFACE, FIRST_TISSUE = 1, 2, 3  # labels
