@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from conftest import TRAINING, tiny_network, train, train_workflow
@@ -103,6 +104,16 @@ def test_a_share_of_a_batch_starts_where_sampling_does(share, count):
     assert (
         target.shape == batch["image"].shape and torch.equal(ct, batch["label"]) and torch.equal(valid, batch["valid"])
     )
+
+
+@pytest.mark.parametrize(("size", "share"), [(1, 0.5), (2, 0.75), (3, 0.5)])
+def test_a_share_that_is_no_whole_number_of_crops_is_met_on_average(size, share):
+    torch.manual_seed(0)
+    schedule = DDIMSchedule()
+    last, images = schedule.inference_timesteps(1)[0][0], torch.zeros(size, 4, 2, 2, 2)
+    drawn = [(LatentPrepareBatch(schedule, share).get_timesteps(images) == last).sum().item() for _ in range(400)]
+    assert np.mean(drawn) == pytest.approx(size * share, abs=0.1)
+    assert set(drawn) <= {int(size * share), int(size * share) + 1}
 
 
 def test_a_regression_batch_is_mr_ct_and_where_the_pair_is_valid():

@@ -123,7 +123,8 @@ class LatentPrepareBatch(DiffusionPrepareBatch):
     schedule, noise or velocity, with the valid voxels of the pair and the CT itself.
 
     Args:
-        last_timestep_share: of each batch, which is at the timestep where sampling starts.
+        last_timestep_share: of the crops, which are at the timestep where sampling starts; drawn where it is no whole
+            number of a batch.
     """
 
     def __init__(self, schedule: DDIMSchedule, last_timestep_share: float = 0.5) -> None:
@@ -135,7 +136,9 @@ class LatentPrepareBatch(DiffusionPrepareBatch):
 
     def get_timesteps(self, images: Tensor) -> Tensor:
         timesteps = super().get_timesteps(images)
-        timesteps[: int(len(images) * self.last_timestep_share)] = self.schedule.inference_timesteps(1)[0][0]
+        # a share that is no whole number of crops is met on average
+        count = int(len(images) * self.last_timestep_share + torch.rand(()).item())
+        timesteps[:count] = self.schedule.inference_timesteps(1)[0][0]
         return timesteps
 
     def __call__(
