@@ -21,15 +21,19 @@ from bundle.compare.report import SCORES, write_curves  # noqa: E402
 from bundle.workflow import ROOT  # noqa: E402
 
 RECORDS = ROOT / "docs" / "results" / "one_core"
+FOUR = "four crops per step"  # in stage 2, and 64³ in stage 1: the defaults until version 0.12
 TITLES = {name: system.title for name, system in SYSTEMS.items()} | {
-    "full_voxelwise": "3D-WLDM, L_D voxel by voxel", "unet_lr_0.001": "3D U-Net, learning rate 0.001",
+    "vanilla_four_crops": f"Vanilla, {FOUR}", "wrm_four_crops": f"w/ WRM, {FOUR}",
+    "wrm_smd_four_crops": f"w/ WRM+SMD, {FOUR}", "full_four_crops": f"3D-WLDM, {FOUR}",
+    "full_voxelwise": f"3D-WLDM, L_D voxel by voxel, {FOUR}", "unet_lr_0.001": "3D U-Net, learning rate 0.001",
 }  # fmt: skip
+DRAWN = ("unet", "pix2pix", "vanilla", "full", "vanilla_four_crops", "full_four_crops")
 
 
 def main() -> None:
     found = {path.stem: json.loads(path.read_text()) for path in RECORDS.glob("*.json")}
     records = {name: found[name] for name in TITLES if name in found}
-    if curves := write_curves(records, TITLES, RECORDS):
+    if curves := write_curves({name: records[name] for name in DRAWN}, TITLES, RECORDS):
         curves.replace(ROOT / "docs" / "figures" / "equal_time.png")
     for name, record in records.items():
         print(TITLES[name])
