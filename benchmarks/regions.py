@@ -84,13 +84,13 @@ def main(mr_dir: str, sct_dir: str | None = None, **settings: Any) -> None:
     rows = []
     for name, organs in tqdm(SPHERES.items(), unit="MR"):
         if sct_dir:
-            sct = nib.load(Path(sct_dir) / f"{name}_sct.nii.gz")
+            sct = nib.Nifti1Image.from_filename(Path(sct_dir) / f"{name}_sct.nii.gz")
         else:
             sct = synthesize(str(Path(mr_dir) / f"{name}.nii.gz"), **settings).hu
         rows.append({"MR": TITLES[name], **measure(sct, organs)})
     columns = ["liver", "spleen", "kidneys", "muscle", "fat", "lungs", "vertebrae"]
     ranges = {name: usual_hu(NAMES.get(name, name)) for name in columns}
-    rows.append({"MR": "usual", **{name: f"{low} to {high}" for name, (low, high) in ranges.items()}})
+    rows.append({"MR": "usual", **{name: f"{hu[0]} to {hu[1]}" for name, hu in ranges.items() if hu}})
     publish("regions", rows, ["MR", *columns, "usual"], page=ROOT / "docs" / "whole_body.md")
 
 
