@@ -1,9 +1,9 @@
-"""Validation error against minutes of the systems that were trained equally long, and what they score beside the U-Net.
+"""Validation error against minutes of the systems that were trained equally long, and their scores beside each other.
 
     python benchmarks/equal_time.py
 
 Draws docs/figures/equal_time.png from the records of ``wldm compare`` in docs/results/one_core, and prints the means
-over the test patients with the two-sided p of Wilcoxon's paired test against the U-Net.
+over the test patients with the two-sided p of Wilcoxon's paired test against the U-Net and against Vanilla.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ TITLES = {name: system.title for name, system in SYSTEMS.items()} | {
     "wrm_smd_four_crops": f"w/ WRM+SMD, {FOUR}", "full_four_crops": f"3D-WLDM, {FOUR}",
     "full_voxelwise": f"3D-WLDM, L_D voxel by voxel, {FOUR}", "unet_lr_0.001": "3D U-Net, learning rate 0.001",
 }  # fmt: skip
+REFERENCES = ("unet", "vanilla")
 DRAWN = ("unet", "pix2pix", "vanilla", "full", "vanilla_four_crops", "full_four_crops")
 
 
@@ -38,9 +39,13 @@ def main() -> None:
     for name, record in records.items():
         print(TITLES[name])
         for score in SCORES:
-            own, unet = ([row[score] for row in r["rows"]] for r in (record, records["unet"]))
-            p = "" if name == "unet" else f"p {wilcoxon(own, unet).pvalue:.3f}"
-            print(f"  {score:<26}{np.mean(own):9.3f}  {p}")
+            own = [row[score] for row in record["rows"]]
+            beside = [
+                f"p {wilcoxon(own, [row[score] for row in records[other]['rows']]).pvalue:.3f} against {TITLES[other]}"
+                for other in REFERENCES
+                if other != name
+            ]
+            print(f"  {score:<26}{np.mean(own):9.3f}  {', '.join(beside)}")
 
 
 if __name__ == "__main__":
