@@ -38,7 +38,7 @@ SPHERES: dict[str, dict[str, Points]] = {
     "abdomen_t1_gre_siemens": {
         "liver": [(87, -37, 89), (78, -28, 91)],
         "spleen": [(-114, -46, 81)],
-        "kidneys": [(-63, -36, 37), (51, -32, 19)],
+        "kidneys": [(-90, -39, 48), (69, -28, -1)],
         "muscle": [(-48, -18, -45), (33, -19, -40)],
         "lungs": [(-63, -61, 151), (63, -64, 163)],
         "vertebrae": [(-12, -5, -79), (-12, -13, -44), (-12, -21, -9), (-12, -28, 23), (-12, -35, 55), (-12, -42, 85)],
@@ -46,7 +46,7 @@ SPHERES: dict[str, dict[str, Points]] = {
     "abdomen_t2": {
         "liver": [(140, 17, -72), (106, -17, 24)],
         "spleen": [(-72, -24, 24)],
-        "kidneys": [(-79, -27, -24), (78, -1, -72)],
+        "kidneys": [(-79, -27, -24), (88, -8, -72)],
         "muscle": [(-35, -61, -72), (47, -61, -72)],
         "fat": [(17, 126, -72), (-120, -72, -128), (119, -79, -128)],
         "lungs": [(-79, -38, 72), (106, -31, 72)],
@@ -57,25 +57,21 @@ TITLES = {
     "abdomen_t1_gre_ge": "T1 near in phase, 1.5 T", "abdomen_t1_opposed_ge": "opposed phase, the same patient",
     "abdomen_t1_gre_siemens": "T1 gradient echo, 3 T", "abdomen_t2": "T2",
 }  # fmt: skip
-NAMES = {"kidneys": "kidney", "lungs": "lung", "vertebrae": "vertebra"}  # as usual_hu knows them
-
-
-def sphere(volume: nib.Nifti1Image, centre: tuple[int, int, int]) -> np.ndarray:
-    """The values of ``volume`` within :data:`RADIUS` of ``centre``, in mm."""
-    voxels = np.moveaxis(np.indices(volume.shape), 0, -1).reshape(-1, 3)
-    distance = np.linalg.norm(nib.affines.apply_affine(volume.affine, voxels) - centre, axis=1)
-    return volume.get_fdata(dtype=np.float32).reshape(-1)[distance <= RADIUS]
+ORGANS = ("liver", "spleen", "kidneys", "muscle", "fat", "lungs", "vertebrae")
+USUAL = {name: hu for name in ORGANS if (hu := usual_hu(name))}
 
 
 def measure(sct: nib.Nifti1Image, organs: dict[str, Points]) -> dict[str, Any]:
     """Median HU of each organ as text, vertebrae one by one from below, and how many of the organs are as usual."""
+    hu, voxels = sct.get_fdata(dtype=np.float32).ravel(), np.indices(sct.shape).reshape(3, -1).T
+    places = nib.affines.apply_affine(sct.affine, voxels)
     row: dict[str, Any] = {}
     usual = []
     for name, points in organs.items():
-        values = [sphere(sct, point) for point in points]
+        values = [hu[np.linalg.norm(places - point, axis=1) <= RADIUS] for point in points]
         medians = [np.median(each) for each in values] if name == "vertebrae" else [np.median(np.concatenate(values))]
         row[name] = ", ".join(f"{median:.0f}" for median in medians)
-        low, high = usual_hu(NAMES.get(name, name)) or (-np.inf, np.inf)
+        low, high = USUAL[name]
         usual += [low <= median <= high for median in medians]
     return {**row, "usual": f"{sum(usual)} of {len(usual)}"}
 
@@ -88,10 +84,8 @@ def main(mr_dir: str, sct_dir: str | None = None, **settings: Any) -> None:
         else:
             sct = synthesize(str(Path(mr_dir) / f"{name}.nii.gz"), **settings).hu
         rows.append({"MR": TITLES[name], **measure(sct, organs)})
-    columns = ["liver", "spleen", "kidneys", "muscle", "fat", "lungs", "vertebrae"]
-    ranges = {name: usual_hu(NAMES.get(name, name)) for name in columns}
-    rows.append({"MR": "usual", **{name: f"{hu[0]} to {hu[1]}" for name, hu in ranges.items() if hu}})
-    publish("regions", rows, ["MR", *columns, "usual"], page=ROOT / "docs" / "whole_body.md")
+    rows.append({"MR": "usual", **{name: f"{low} to {high}" for name, (low, high) in USUAL.items()}})
+    publish("regions", rows, ["MR", *USUAL, "usual"], page=ROOT / "docs" / "whole_body.md")
 
 
 if __name__ == "__main__":
