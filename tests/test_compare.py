@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, save
 from ignite.engine import Engine
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigParser, ConfigWorkflow
 from scipy.stats import wilcoxon
 
 import bundle.compare.command as comparison
 from bundle.compare.report import SCORES, p_value, values, write_report
 from bundle.phantom.command import torso_phantom
+from custom_modules.data.mr import CorrectBiasFieldd
 from custom_modules.errors import InputError
 from custom_modules.evaluation import split as evaluation
 from custom_modules.evaluation.metrics import PROTOCOLS, slice_inconsistency
@@ -288,6 +289,26 @@ def test_the_learning_rate_warms_up_and_falls_to_zero_with_the_time(tmp_path):
     assert handler.rate(500) == pytest.approx(0.5)
     clock.now = 60.0
     assert handler.rate(500) == pytest.approx(0)
+
+
+def test_settings_given_as_text_are_converted_before_the_data_are_read(data, tmp_path):
+    workflow = ConfigWorkflow(
+        config_file=[str(ROOT / "configs" / f"{f}.yaml") for f in ("train", "train_autoencoder", "equal_time")],
+        workflow_type="train", logging_file=False, dataset_dir=str(data), output_dir=str(tmp_path),
+        **{**FAST, **PROJECT, "correct_bias": "false", "check_data": "no"},
+    )  # fmt: skip
+    workflow.initialize()
+    read = workflow.parser.get_parsed_content("read")
+    assert not any(isinstance(step, CorrectBiasFieldd) for step in read.transform.transforms)
+
+
+def test_a_setting_that_is_not_allowed_ends_a_training_by_the_clock_in_one_line(data, tmp_path):
+    workflow = ConfigWorkflow(
+        config_file=[str(ROOT / "configs" / f"{f}.yaml") for f in ("train", "train_autoencoder", "equal_time")],
+        workflow_type="train", logging_file=False, dataset_dir=str(data), output_dir=str(tmp_path), batch_size="few",
+    )  # fmt: skip
+    with pytest.raises(SystemExit, match="--batch_size few: must be a whole number"):
+        workflow.initialize()
 
 
 def test_the_overlays_put_what_they_replace_in_its_place():
