@@ -1,9 +1,11 @@
 """Validation error against minutes of the systems that were trained equally long, and their scores beside each other.
 
-    python benchmarks/equal_time.py
+    python benchmarks/equal_time.py            # one CPU core, 55 minutes
+    python benchmarks/equal_time.py --on gpu   # one GPU for all, 7.4 minutes (benchmarks/side_by_side.py)
 
-Draws docs/figures/equal_time.png from the records of ``wldm compare`` in docs/results/one_core, and prints the means
-over the test patients with the two-sided p of Wilcoxon's paired test against the U-Net and against Vanilla.
+Draws docs/figures/equal_time.png or equal_time_gpu.png from the records of ``wldm compare`` in docs/results/one_core or
+gpu, and prints the means over the test patients with the two-sided p of Wilcoxon's paired test against the U-Net and
+against Vanilla.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import json
 import sys
 from pathlib import Path
 
+import fire
 import numpy as np
 from scipy.stats import wilcoxon
 
@@ -20,7 +23,7 @@ from bundle.compare.command import SYSTEMS  # noqa: E402
 from bundle.compare.report import SCORES, write_curves  # noqa: E402
 from bundle.workflow import ROOT  # noqa: E402
 
-RECORDS = ROOT / "docs" / "results" / "one_core"
+FIGURES = {"one_core": "equal_time.png", "gpu": "equal_time_gpu.png"}
 FOUR = "four crops per step"  # in stage 2, and 64³ in stage 1: the defaults until version 0.12
 TITLES = {name: system.title for name, system in SYSTEMS.items()} | {
     "vanilla_four_crops": f"Vanilla, {FOUR}", "wrm_four_crops": f"w/ WRM, {FOUR}",
@@ -28,14 +31,19 @@ TITLES = {name: system.title for name, system in SYSTEMS.items()} | {
     "full_voxelwise": f"3D-WLDM, L_D voxel by voxel, {FOUR}", "unet_lr_0.001": "3D U-Net, learning rate 0.001",
 }  # fmt: skip
 REFERENCES = ("unet", "vanilla")
-DRAWN = ("unet", "pix2pix", "vanilla", "full", "vanilla_four_crops", "full_four_crops")
+DRAWN = {
+    "one_core": ("unet", "pix2pix", "vanilla", "full", "vanilla_four_crops", "full_four_crops"),
+    "gpu": ("unet", "pix2pix", "vanilla", "wrm", "wrm_smd", "full"),
+}
 
 
-def main() -> None:
-    found = {path.stem: json.loads(path.read_text()) for path in RECORDS.glob("*.json")}
+def main(on: str = "one_core") -> None:
+    """Draw and print the records in docs/results/ON."""
+    folder = ROOT / "docs" / "results" / on
+    found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     records = {name: found[name] for name in TITLES if name in found}
-    if curves := write_curves({name: records[name] for name in DRAWN}, TITLES, RECORDS):
-        curves.replace(ROOT / "docs" / "figures" / "equal_time.png")
+    if curves := write_curves({name: records[name] for name in DRAWN[on]}, TITLES, folder):
+        curves.replace(ROOT / "docs" / "figures" / FIGURES[on])
     for name, record in records.items():
         print(TITLES[name])
         for score in SCORES:
@@ -49,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    fire.Fire(main)
