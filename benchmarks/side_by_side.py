@@ -3,8 +3,8 @@
     wldm pack --dataset_dir DIR --output_dir packed --splits training,validation,test --step 4
     python benchmarks/side_by_side.py --dataset_dir packed --output_dir out --minutes 7.4
 
-Each has the same minutes and starts at the same time. Without a GPU of their own, minutes are not those of a comparison in
-turn, but they are equal. OUT/results then holds the records, OUT/results.md the tables, OUT/SYSTEM/log.txt what was printed.
+All have the same minutes and start together. They share the GPU, so these minutes give fewer steps than a GPU for one.
+OUT/results then holds the records, OUT/results.md the tables, and OUT/SYSTEM/log.txt what was printed.
 """
 
 from __future__ import annotations
