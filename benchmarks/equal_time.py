@@ -29,6 +29,7 @@ TITLES = {name: system.title for name, system in SYSTEMS.items()} | {
     "vanilla_four_crops": f"Vanilla, {FOUR}", "wrm_four_crops": f"w/ WRM, {FOUR}",
     "wrm_smd_four_crops": f"w/ WRM+SMD, {FOUR}", "full_four_crops": f"3D-WLDM, {FOUR}",
     "full_voxelwise": f"3D-WLDM, L_D voxel by voxel, {FOUR}", "unet_lr_0.001": "3D U-Net, learning rate 0.001",
+    "unet_one_crop": "3D U-Net, one crop per step",
 }  # fmt: skip
 REFERENCES = ("unet", "vanilla")
 DRAWN = {

@@ -17,7 +17,7 @@ from custom_modules.errors import InputError
 from custom_modules.files import sha256, to_plain, writable_or_stop, write_json
 
 TRAINING_ONLY = {"amp", "seed"}  # of the settings that inference.yaml has too
-OWN = {"resume", "minutes", "autoencoder_checkpoint", "best_weights"}  # settings that this command chooses
+OWN = {"resume", "minutes", "autoencoder_checkpoint", "best_weights"}  # settings that the commands choose
 STEP_SECONDS = 1.0  # a stage with less time than this must be a mistake
 
 
@@ -83,8 +83,7 @@ def train(
     """
     if recipe not in RECIPES:
         raise InputError(f"no recipe '{recipe}'; there are {', '.join(RECIPES)}")
-    if OWN & set(settings):
-        raise InputError(f"--{min(OWN & set(settings))}: `train` chooses it itself; leave it out")
+    refuse_own(settings, "train")
     stages = RECIPES[recipe].stages
     if budget is not None and min(60 * budget * stage.share for stage in stages) < STEP_SECONDS:
         raise InputError(f"--budget {budget:g}: too small for one step of each stage; give more minutes")
@@ -96,13 +95,24 @@ def train(
         run_stage(stage, folder, str(dataset_dir), data, budget, settings)
     weights = folder / "models" / "model.pt"
     network: dict[str, Any] = {"config": RECIPES[recipe].overlay} if RECIPES[recipe].overlay else {}
-    known = ConfigParser.load_config_file(str(ROOT / "configs" / "inference.yaml"))
-    network |= {name: value for name, value in settings.items() if name in known and name not in TRAINING_ONLY}
+    network |= {name: value for name, value in of_inference(settings).items() if name not in TRAINING_ONLY}
     ship(str(folder / stages[-1].folder / "model.pt"), str(weights), str(dataset_dir), data, **network)
     beside = {"calibration": "calibration.json", "guard_statistics": "guard.json"}
     network |= {"checkpoint": str(weights)} | {name: str(weights.with_name(file)) for name, file in beside.items()}
     evaluate(str(dataset_dir), data, "validation", str(folder / "validation"), **network)
     print(f"weights: {weights}; scores and pictures: {folder / 'validation'}")
+
+
+def refuse_own(settings: Mapping[str, Any], command: str) -> None:
+    """Raise InputError for a setting that the ``command`` chooses itself."""
+    if own := OWN & set(settings):
+        raise InputError(f"--{min(own)}: `{command}` chooses it itself; leave it out")
+
+
+def of_inference(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those settings of a training that inference.yaml has too: what is trained must be run alike."""
+    known = ConfigParser.load_config_file(str(ROOT / "configs" / "inference.yaml"))
+    return {name: value for name, value in settings.items() if name in known}
 
 
 def claim(folder: Path, settings: Mapping[str, Any]) -> None:

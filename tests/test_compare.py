@@ -107,6 +107,13 @@ def test_a_system_trains_and_is_scored_by_one_command(name, data, tiny, tmp_path
     assert "results/curves.png" in page and (tmp_path / "results/curves.png").stat().st_size > 5000
 
 
+def test_what_is_trained_with_other_settings_is_scored_with_them(data, tiny, tmp_path):
+    record = run(data, tmp_path, "unet", spacing=[4.0, 4.0, 4.0], mr_window=[0.0, 1500.0], seed=3)["unet"]
+    assert not record["problem"]
+    sidecar = json.loads((tmp_path / "runs/unet/p4_sct.json").read_text())
+    assert sidecar["settings"]["spacing"] == [4.0, 4.0, 4.0] and sidecar["settings"]["mr_window"] == [0.0, 1500.0]
+
+
 def test_a_scored_system_is_not_trained_again_and_another_failing_keeps_its_row(data, tiny, tmp_path, monkeypatch):
     run(data, tmp_path, "unet")
     before = (tmp_path / "results/unet.json").read_text()
@@ -174,6 +181,7 @@ def test_p_is_that_of_the_paired_test_over_the_patients_that_both_have():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"systems": "unet,gpt"}, "no system 'gpt'"), ({"systems": "full", "budget": 0.01}, "too small"),
+     ({"systems": "unet", "minutes": 3}, "--minutes: `compare` chooses it itself"),
      ({"systems": "unet", "budget": 0}, "too small"), ({"systems": "unet", "budget": "long"}, "too small")],
 )  # fmt: skip
 def test_what_cannot_be_compared_is_refused_before_training(settings, message, data, tmp_path, monkeypatch):

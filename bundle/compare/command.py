@@ -15,7 +15,7 @@ from monai.bundle import ConfigWorkflow
 
 from bundle.compare.report import SCORES, write_report
 from bundle.montage import montage
-from bundle.train import STEP_SECONDS
+from bundle.train import STEP_SECONDS, of_inference, refuse_own
 from bundle.workflow import ROOT, inference_workflow
 from custom_modules.data.pairs import check_pairs_or_stop, load_pairs
 from custom_modules.data.volumes import read_volume
@@ -150,10 +150,12 @@ def compare(
         settings: of all trainings, such as ``patience``.
 
     Raises:
-        InputError: before any training, for an unknown system, a budget too small for one step, a datalist without the
-            three splits, or an ``output_dir`` of another budget or other data.
+        InputError: before any training, for an unknown system, a setting that this command chooses itself, a budget too
+            small for one step, a datalist without the three splits, or an ``output_dir`` of another budget or other
+            data.
     """
     names = _names(systems)
+    refuse_own(settings, "compare")
     if (
         not isinstance(budget, (int, float))
         or min(60 * budget * stage.share for name in names or SYSTEMS for stage in SYSTEMS[name].stages) < STEP_SECONDS
@@ -222,8 +224,8 @@ def train(
         own = json.loads(json.dumps(stage.settings).replace("{runs}", str(runs)))
         workflow = ConfigWorkflow(
             config_file=files, workflow_type="train", logging_file=False, dataset_dir=str(dataset_dir),
-            datalist=str(datalist), output_dir=str(folder), minutes=identity["budget"] * stage.share, check_data=False,
-            resume=True, **own, **settings,
+            datalist=str(datalist), output_dir=str(folder), minutes=identity["budget"] * stage.share, resume=True,
+            **{"check_data": False, **own, **settings},
         )  # fmt: skip
         workflow.initialize()
         workflow.run()
@@ -238,7 +240,7 @@ def evaluate(
     """Return the scores of the test patients, the seconds per volume, and the number of parameters at inference."""
     system, folder = SYSTEMS[name], output_dir / name
     overlays = [str(ROOT / "configs" / f"{overlay}.yaml") for overlay in system.overlays]
-    chosen = {key: settings[key] for key in ("device", "amp", "correct_bias") if key in settings}
+    chosen = {name: value for name, value in of_inference(settings).items() if name != "seed"}
     chosen |= {**system.settings, "checkpoint": str(output_dir / "runs" / system.stages[-1].folder / "model.pt")}
     evaluation = Evaluation(
         str(dataset_dir), str(datalist), "test", str(folder), config=overlays, name=name,
