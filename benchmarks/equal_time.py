@@ -29,11 +29,12 @@ TITLES = {name: system.title for name, system in SYSTEMS.items()} | {
     "vanilla_four_crops": f"Vanilla, {FOUR}", "wrm_four_crops": f"w/ WRM, {FOUR}",
     "wrm_smd_four_crops": f"w/ WRM+SMD, {FOUR}", "full_four_crops": f"3D-WLDM, {FOUR}",
     "full_voxelwise": f"3D-WLDM, L_D voxel by voxel, {FOUR}", "unet_lr_0.001": "3D U-Net, learning rate 0.001",
-    "unet_one_crop": "3D U-Net, one crop per step",
+    "unet_one_crop": "3D U-Net, one crop per step", "full_seed_1": "3D-WLDM, seed 1",
+    "full_group_width_16": "3D-WLDM, groups of 16 channels",
 }  # fmt: skip
 REFERENCES = ("unet", "vanilla")
 DRAWN = {
-    "one_core": ("unet", "pix2pix", "vanilla", "full", "vanilla_four_crops", "full_four_crops"),
+    "one_core": ("unet", "pix2pix", "vanilla", "full", "full_group_width_16", "full_four_crops"),
     "gpu": ("unet", "pix2pix", "vanilla", "wrm", "wrm_smd", "full"),
 }
 

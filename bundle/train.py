@@ -13,6 +13,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from bundle.evaluate import evaluate
 from bundle.release.ship import ship
 from bundle.workflow import ROOT
+from custom_modules.config_check import references
 from custom_modules.errors import InputError
 from custom_modules.files import sha256, to_plain, writable_or_stop, write_json
 
@@ -94,8 +95,10 @@ def train(
         print(f"stage {number} of {len(stages)}: {' + '.join(stage.files)}, {time}", flush=True)
         run_stage(stage, folder, str(dataset_dir), data, budget, settings)
     weights = folder / "models" / "model.pt"
-    network: dict[str, Any] = {"config": RECIPES[recipe].overlay} if RECIPES[recipe].overlay else {}
-    network |= {name: value for name, value in of_inference(settings).items() if name not in TRAINING_ONLY}
+    overlay = RECIPES[recipe].overlay
+    network: dict[str, Any] = {"config": overlay} if overlay else {}
+    known = of_inference(settings, [overlay] if overlay else [])
+    network |= {name: value for name, value in known.items() if name not in TRAINING_ONLY}
     ship(str(folder / stages[-1].folder / "model.pt"), str(weights), str(dataset_dir), data, **network)
     beside = {"calibration": "calibration.json", "guard_statistics": "guard.json"}
     network |= {"checkpoint": str(weights)} | {name: str(weights.with_name(file)) for name, file in beside.items()}
@@ -109,10 +112,13 @@ def refuse_own(settings: Mapping[str, Any], command: str) -> None:
         raise InputError(f"--{min(own)}: `{command}` chooses it itself; leave it out")
 
 
-def of_inference(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those settings of a training that inference.yaml has too: what is trained must be run alike."""
-    known = ConfigParser.load_config_file(str(ROOT / "configs" / "inference.yaml"))
-    return {name: value for name, value in settings.items() if name in known}
+def of_inference(settings: Mapping[str, Any], overlays: Sequence[str] = ()) -> dict[str, Any]:
+    """Return those settings of a training that inference.yaml, with ``overlays``, uses too: what is trained must be run
+    alike."""
+    parser = ConfigParser()
+    parser.read_config([str(ROOT / "configs" / "inference.yaml"), *overlays])
+    used = {*references(parser.get()), "quiet", "verbose"}
+    return {name: value for name, value in settings.items() if name in used}
 
 
 def claim(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -216,6 +216,9 @@ SETTINGS: dict[str, Setting] = {
     "mr_reference": _on("float", f"value to which the 99th percentile of an MR is scaled; {WEIGHTS}", low=1e-3),
     "hu_window": _on("floats", f"HU that become [-1, 1]; {WEIGHTS}", size=2, increasing=True),
     "attention_window": _on("int", f"voxels along each side of the denoiser's attention; {WEIGHTS}", low=4, high=1024),
+    "group_width": Setting(
+        "int", "channels of each group in the convolutions of the wavelet blocks; 1: depthwise", low=1, high=1024
+    ),
     # training
     "roi_size": Setting("ints", "voxels of a training crop", low=1, high=1024),
     "check_data": Setting("bool", "read every volume before training and refuse pairs that cannot be used"),

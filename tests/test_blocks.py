@@ -178,6 +178,19 @@ def test_wavelet_residual_module_is_figure_2(wavelet, kernel_size, size):
     torch.testing.assert_close(actual, expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-4)
 
 
+@pytest.mark.parametrize(("width", "groups"), ((1, 8), (4, 2), (8, 1), (16, 1), (6, 4)))
+def test_groups_are_as_wide_as_told_or_as_divides_the_channels(width, groups):
+    module = randomize(WaveletResidualModule(8, group_width=width))
+    assert module.primary[0].groups == groups and isinstance(module.primary[0], DepthwiseConv3d) == (width == 1)
+    x = torch.randn(1, 8, 6, 6, 6)
+    changed = x.clone()
+    changed[:, 0] += 1
+    convolution = module.primary[0]
+    alike = torch.isclose(convolution(x), convolution(changed), atol=1e-6).flatten(2).all(2)[0]
+    assert alike.tolist() == [channel >= 8 // groups for channel in range(8)]  # a group sees its own channels only
+    assert module(x).shape == x.shape
+
+
 def test_without_its_wavelet_branch_the_module_is_its_primary_stream():
     module = randomize(WaveletResidualModule(3))
     nn.init.zeros_(module.scale)

@@ -108,7 +108,8 @@ def test_a_system_trains_and_is_scored_by_one_command(name, data, tiny, tmp_path
 
 
 def test_what_is_trained_with_other_settings_is_scored_with_them(data, tiny, tmp_path):
-    record = run(data, tmp_path, "unet", spacing=[4.0, 4.0, 4.0], mr_window=[0.0, 1500.0], seed=3)["unet"]
+    others = {"spacing": [4.0, 4.0, 4.0], "mr_window": [0.0, 1500.0], "seed": 3, "group_width": 2}  # it has no groups
+    record = run(data, tmp_path, "unet", **others)["unet"]
     assert not record["problem"]
     sidecar = json.loads((tmp_path / "runs/unet/p4_sct.json").read_text())
     assert sidecar["settings"]["spacing"] == [4.0, 4.0, 4.0] and sidecar["settings"]["mr_window"] == [0.0, 1500.0]

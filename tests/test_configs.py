@@ -19,8 +19,8 @@ CONFIGS = {name: [ROOT / "configs" / f"{part}.yaml" for part in name.split("+")]
 # the two copies of what the weights depend on, in train.yaml and inference.yaml
 SHARED = (
     "spacing", "mr_window", "mr_reference", "hu_window", "attention_window", "latent_channels", "autoencoder_channels",
-    "autoencoder_blocks", "stem", "wavelet", "denoiser_channels", "dsca", "prediction", "num_train_timesteps",
-    "beta_end",
+    "autoencoder_blocks", "stem", "wavelet", "group_width", "denoiser_channels", "dsca", "prediction",
+    "num_train_timesteps", "beta_end",
 )  # fmt: skip
 OVERLAYS = [
     ROOT / "configs" / f"{name}.yaml" for name in ("train_autoencoder", "finetune", "equal_time", "multi_gpu_train")

@@ -240,7 +240,7 @@ def evaluate(
     """Return the scores of the test patients, the seconds per volume, and the number of parameters at inference."""
     system, folder = SYSTEMS[name], output_dir / name
     overlays = [str(ROOT / "configs" / f"{overlay}.yaml") for overlay in system.overlays]
-    chosen = {name: value for name, value in of_inference(settings).items() if name != "seed"}
+    chosen = {name: value for name, value in of_inference(settings, overlays).items() if name != "seed"}
     chosen |= {**system.settings, "checkpoint": str(output_dir / "runs" / system.stages[-1].folder / "model.pt")}
     evaluation = Evaluation(
         str(dataset_dir), str(datalist), "test", str(folder), config=overlays, name=name,

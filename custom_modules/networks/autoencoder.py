@@ -43,6 +43,7 @@ class WaveletAutoencoderKL(nn.Module):
             convolution sees eight bands at half the resolution; ``conv`` starts at full resolution.
         wavelet: the Wavelet Residual Module's wavelet, or None for plain residual blocks (Table II, "Vanilla").
         kernel_size: of the group-wise convolutions in that module.
+        group_width: channels of their groups; 1 for depthwise convolutions.
 
     Raises:
         ValueError: for an odd ``latent_channels``, an unknown ``stem``, or an image size that is no multiple of f.
@@ -56,6 +57,7 @@ class WaveletAutoencoderKL(nn.Module):
         stem: str = "haar",
         wavelet: str | None = "haar",
         kernel_size: int = 3,
+        group_width: int = 1,
     ) -> None:
         super().__init__()
         if latent_channels % 2:
@@ -72,7 +74,7 @@ class WaveletAutoencoderKL(nn.Module):
         def blocks(width: int, count: int) -> list[nn.Module]:
             if wavelet is None:
                 return [ResidualBlock(width, width) for _ in range(count)]
-            return [WaveletBlock(width, width, kernel_size, wavelet) for _ in range(count)]
+            return [WaveletBlock(width, width, kernel_size, wavelet, group_width) for _ in range(count)]
 
         encoder: list[nn.Module] = [nn.Conv3d(image_channels, channels[0], 3, padding=1)]
         for level, (width, count) in enumerate(zip(channels, num_blocks)):

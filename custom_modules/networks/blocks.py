@@ -85,6 +85,15 @@ class DepthwiseConv3d(nn.Conv3d):
         return torch.diag_embed(kernels.movedim(1, -1), dim1=1, dim2=2).flatten(0, 1)
 
 
+def group_wise(channels: int, kernel_size: int, width: int) -> nn.Conv3d:
+    """Return a convolution that keeps the size, with groups of ``width`` channels, or of the widest number below that
+    divides ``channels``; depthwise for 1."""
+    width = math.gcd(channels, width)
+    if width == 1:
+        return DepthwiseConv3d(channels, kernel_size)
+    return nn.Conv3d(channels, channels, kernel_size, padding="same", groups=channels // width)
+
+
 class WaveletResidualModule(nn.Module):
     """Wavelet Residual Module (Fig. 2): (N, C, D, H, W) of any size to the same shape.
 
@@ -98,14 +107,18 @@ class WaveletResidualModule(nn.Module):
         wavelet: see :class:`~custom_modules.networks.wavelets.WaveletTransform3d`.
         branch_scale: initial value of the learned factor on the wavelet branch, one per channel; small, so that an
             untrained module is close to its primary stream.
+        group_width: channels of each group, of which the paper does not tell the number; 1 for depthwise convolutions.
     """
 
-    def __init__(self, channels: int, kernel_size: int = 3, wavelet: str = "haar", branch_scale: float = 0.1) -> None:
+    def __init__(
+        self, channels: int, kernel_size: int = 3, wavelet: str = "haar", branch_scale: float = 0.1,
+        group_width: int = 1,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.transform = WaveletTransform3d(wavelet)
-        self.primary = nn.Sequential(DepthwiseConv3d(channels, kernel_size), nn.Conv3d(channels, channels, 1))
-        self.level1 = DepthwiseConv3d(BANDS * channels, kernel_size)
-        self.level2 = DepthwiseConv3d(BANDS * channels, kernel_size)
+        self.primary = nn.Sequential(group_wise(channels, kernel_size, group_width), nn.Conv3d(channels, channels, 1))
+        self.level1 = group_wise(BANDS * channels, kernel_size, group_width)
+        self.level2 = group_wise(BANDS * channels, kernel_size, group_width)
         self.scale = nn.Parameter(torch.full((1, channels, 1, 1, 1), branch_scale))
         self.out = nn.Conv3d(channels, channels, 1)
 
@@ -146,6 +159,8 @@ class ResidualBlock(nn.Module):
 class WaveletBlock(ResidualBlock):
     """Residual block of the autoencoder, with the Wavelet Residual Module as its second layer (Fig. 1)."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, wavelet: str = "haar") -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 3, wavelet: str = "haar", group_width: int = 1
+    ) -> None:  # fmt: skip
         super().__init__(in_channels, out_channels)
-        self.conv2 = WaveletResidualModule(out_channels, kernel_size, wavelet)
+        self.conv2 = WaveletResidualModule(out_channels, kernel_size, wavelet, group_width=group_width)
