@@ -13,7 +13,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from bundle.evaluate import evaluate
 from bundle.release.ship import ship
 from bundle.workflow import ROOT
-from custom_modules.config_check import references
+from custom_modules.config_check import used_ids
 from custom_modules.errors import InputError
 from custom_modules.files import sha256, to_plain, writable_or_stop, write_json
 
@@ -117,7 +117,7 @@ def of_inference(settings: Mapping[str, Any], overlays: Sequence[str] = ()) -> d
     alike."""
     parser = ConfigParser()
     parser.read_config([str(ROOT / "configs" / "inference.yaml"), *overlays])
-    used = {*references(parser.get()), "quiet", "verbose"}
+    used = used_ids(parser.get())
     return {name: value for name, value in settings.items() if name in used}
 
 

@@ -1,4 +1,4 @@
-"""The check of the running config, as the first expression of its ``run``, and its settings for records."""
+"""The check of the running config, as the first of its expressions, and its settings for records."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _is_expression(value: Any) -> bool:
 
 
 def check() -> None:
-    """Check the settings of the running config, as the first expression of its ``run``: types and ranges by
+    """Check the settings of the running config, as the first of all its expressions: types and ranges by
     :data:`SETTINGS`, unknown names, and settings on the command line that this config does not use. Values are
     converted to their type, so that ``--strict false`` is false. Ends the program with one line for what is not
     allowed."""
@@ -103,7 +103,7 @@ def check_settings(parser: ConfigParser, given: Sequence[str] = ()) -> bool:
         InputError: for a setting or a value that is not allowed.
     """
     content, converted = parser.get(), False
-    used = {*references(content), "quiet", "verbose"}  # check() reads these two itself
+    used = used_ids(content)
     for name in given:
         if name not in content or (name not in used and name not in STRUCTURE):
             raise InputError(f"no setting '{name}' in this config{suggestion(name, used & set(SETTINGS))}")
@@ -129,6 +129,12 @@ def _is_literal(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_is_literal(item) for item in value)
     return _is_plain(value) and not _is_expression(value)
+
+
+def used_ids(content: Mapping[str, Any]) -> set[str]:
+    """Return the top-level ids of a config that have an effect: those that it refers to, and the two that
+    :func:`check` reads."""
+    return {*references(content), "quiet", "verbose"}
 
 
 def references(node: Any) -> Iterator[str]:

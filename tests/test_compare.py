@@ -300,24 +300,25 @@ def test_the_learning_rate_warms_up_and_falls_to_zero_with_the_time(tmp_path):
     assert handler.rate(500) == pytest.approx(0)
 
 
-def test_settings_given_as_text_are_converted_before_the_data_are_read(data, tmp_path):
-    workflow = ConfigWorkflow(
-        config_file=[str(ROOT / "configs" / f"{f}.yaml") for f in ("train", "train_autoencoder", "equal_time")],
-        workflow_type="train", logging_file=False, dataset_dir=str(data), output_dir=str(tmp_path),
-        **{**FAST, **PROJECT, "correct_bias": "false", "check_data": "no"},
+def by_the_clock(data: Path, folder: Path, **settings) -> ConfigWorkflow:
+    """Stage 1 with equal_time.yaml, which reads the data when it is initialised."""
+    files = [str(ROOT / "configs" / f"{file}.yaml") for file in ("train", "train_autoencoder", "equal_time")]
+    return ConfigWorkflow(
+        config_file=files, workflow_type="train", logging_file=False, dataset_dir=str(data), output_dir=str(folder),
+        **{**FAST, **PROJECT, **settings},
     )  # fmt: skip
+
+
+def test_settings_given_as_text_are_converted_before_the_data_are_read(data, tmp_path):
+    workflow = by_the_clock(data, tmp_path, correct_bias="false", check_data="no")
     workflow.initialize()
     read = workflow.parser.get_parsed_content("read")
     assert not any(isinstance(step, CorrectBiasFieldd) for step in read.transform.transforms)
 
 
 def test_a_setting_that_is_not_allowed_ends_a_training_by_the_clock_in_one_line(data, tmp_path):
-    workflow = ConfigWorkflow(
-        config_file=[str(ROOT / "configs" / f"{f}.yaml") for f in ("train", "train_autoencoder", "equal_time")],
-        workflow_type="train", logging_file=False, dataset_dir=str(data), output_dir=str(tmp_path), batch_size="few",
-    )  # fmt: skip
     with pytest.raises(SystemExit, match="--batch_size few: must be a whole number"):
-        workflow.initialize()
+        by_the_clock(data, tmp_path, batch_size="few").initialize()
 
 
 def test_the_overlays_put_what_they_replace_in_its_place():
@@ -327,6 +328,11 @@ def test_the_overlays_put_what_they_replace_in_its_place():
         parser["train#handlers#3#_target_"] == "custom_modules.training.handlers.AfterStep"
     )  # moving_average.yaml adds to it
     assert parser["train#trainer#train_handlers"] == "@train#handlers"  # equal_time.yaml adds to them
+    parser.read_config(
+        [str(ROOT / "configs" / f"{f}.yaml") for f in ("train", "train_autoencoder", "multi_gpu_train", "equal_time")]
+    )
+    first, *others = parser["initialize"]
+    assert "check" in first and ["init_process_group" in text for text in others] == [True, False, False]
 
 
 def test_inconsistency_is_1_for_the_ct_itself_more_for_flicker_and_0_for_a_smear():
