@@ -13,9 +13,9 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import fire
 from common import ROOT
@@ -30,30 +30,36 @@ SETTINGS = {
 CAPTURED = {"vanilla", "wrm", "wrm_smd", "full"}  # those that were tried in a CUDA graph
 
 
-def take_shared_stages(name: str, owners: dict[str, str], folder: Path) -> None:
-    """Wait for the stages of ``name`` that other systems train, by ``owners``, and copy them."""
+def take_shared_stages(name: str, owners: dict[str, str], ended: dict[str, Event], folder: Path) -> None:
+    """Wait for the stages of ``name`` that other systems train, by ``owners``, and copy them. What an owner did not
+    finish is left for ``name`` to train."""
     for stage in SYSTEMS[name].stages:
-        if owners[stage.folder] != name:
-            owner = owners[stage.folder]
+        if (owner := owners[stage.folder]) != name:
             trained = folder / owner / "runs" / stage.folder
-            while not (trained / "budget.json").exists():
-                if (folder / owner / "results" / f"{owner}.json").exists():  # it has ended
-                    raise SystemExit(f"{name}: {owner} did not finish {stage.folder}, see its log.txt")
-                time.sleep(1)
-            shutil.copytree(trained, folder / name / "runs" / stage.folder, dirs_exist_ok=True)
+            while not (trained / "budget.json").exists() and not ended[owner].wait(1):
+                pass
+            if (trained / "budget.json").exists():
+                shutil.copytree(trained, folder / name / "runs" / stage.folder, dirs_exist_ok=True)
 
 
-def train_and_score(name: str, owners: dict[str, str], folder: Path, settings: dict[str, object]) -> None:
+def train_and_score(
+    name: str, owners: dict[str, str], ended: dict[str, Event], folder: Path, settings: dict[str, object]
+) -> None:  # fmt: skip
     """Run ``wldm compare`` for one system in a process of its own."""
-    take_shared_stages(name, owners, folder)
-    own = settings | ({"cuda_graph": True} if name in CAPTURED else {})
-    flags = [text for key, value in own.items() for text in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "bundle", "compare", "--systems", name, *flags, "--output_dir", str(folder / name),
-               "--results", str(folder / name / "results")]  # fmt: skip
-    with (folder / name / "log.txt").open("w") as log:
-        subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False)
-    record = json.loads((folder / name / "results" / f"{name}.json").read_text())
-    print(f"{name}: {record['problem'] or 'scored'}", flush=True)
+    own, results = folder / name, folder / name / "results"
+    try:
+        take_shared_stages(name, owners, ended, folder)
+        given = settings | ({"cuda_graph": True} if name in CAPTURED else {})
+        flags = [text for key, value in given.items() for text in (f"--{key}", str(value))]
+        command = [sys.executable, "-m", "bundle", "compare", "--systems", name, *flags, "--output_dir", str(own),
+                   "--results", str(results)]  # fmt: skip
+        with (own / "log.txt").open("w") as log:
+            subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False)
+    finally:
+        ended[name].set()
+    record = results / f"{name}.json"
+    problem = json.loads(record.read_text())["problem"] if record.exists() else "it broke off"
+    print(f"{name}: {f'{problem}; see {own}/log.txt' if problem else 'scored'}", flush=True)
 
 
 def main(
@@ -70,11 +76,12 @@ def main(
     names = systems.split(",") if isinstance(systems, str) else list(systems)
     folder, data = Path(output_dir).resolve(), str(Path(dataset_dir).resolve())
     owners = {stage.folder: name for name in reversed(names) for stage in SYSTEMS[name].stages}
+    ended = {name: Event() for name in names}
     own = {**SETTINGS, **settings, "dataset_dir": data, "budget": minutes}
     for name in names:
-        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "results").mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(len(names)) as pool:
-        list(pool.map(lambda name: train_and_score(name, owners, folder, own), names))
+        list(pool.map(lambda name: train_and_score(name, owners, ended, folder, own), names))
     for name in names:
         shutil.copytree(folder / name / "results", folder / "results", dirs_exist_ok=True)
     compare(data, budget=minutes, systems="", output_dir=str(folder / "report"), results=str(folder / "results"))
