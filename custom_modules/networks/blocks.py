@@ -86,8 +86,8 @@ class DepthwiseConv3d(nn.Conv3d):
 
 
 def group_wise(channels: int, kernel_size: int, width: int) -> nn.Conv3d:
-    """Return a convolution that keeps the size, with groups of ``width`` channels, or of the widest number below that
-    divides ``channels``; depthwise for 1."""
+    """Return a convolution that keeps the size, with groups of ``width`` channels, or of the greatest common divisor of
+    both where ``channels`` is no multiple of it; depthwise for 1."""
     width = math.gcd(channels, width)
     if width == 1:
         return DepthwiseConv3d(channels, kernel_size)
