@@ -100,6 +100,7 @@ def test_a_killed_run_resumes_on_the_curve_of_the_uninterrupted_one(name, when, 
     settings = {**TRAINING, **LONG, "dataset_dir": str(phantoms), "check_data": False}
     if name == "train":
         settings |= {"autoencoder_checkpoint": str(trained / "ae/autoencoder.pt"), "augmented_copies": 2}
+        settings |= {"renewed_copies": 1}
     expected = losses_of(train_workflow(name, **settings, output_dir=str(tmp_path / "whole")))
     assert list(expected) == list(range(1, 13))
     folder = tmp_path / "killed"

@@ -313,6 +313,9 @@ def test_pairs_and_cts_without_mr_train_together(tmp_path):
     dataset = workflow.parser.get_parsed_content("train#dataset")
     assert dataset.unpaired == [True, False, True] and (tmp_path / "ldm/model.pt").is_file()
     assert len(workflow.parser.get_parsed_content("validate#dataset")) == 2
+    first, state = (torch.load(tmp_path / name, weights_only=True) for name in ("ae/autoencoder.pt", "ldm/model.pt"))
+    weights = [key for key in first if key.startswith("encoder") and first[key].ndim > 1]
+    assert weights and not any(torch.equal(first[key], state[f"autoencoder.{key}"]) for key in weights)
 
 
 @pytest.mark.integration

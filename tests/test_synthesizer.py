@@ -182,3 +182,18 @@ def test_air_latent_of_wavelet_blocks_is_the_interior_up_to_their_small_pattern(
     network.set_latent_scale("CT", network.autoencoder.encode(images)[0])
     interior = network.encode(torch.full((1, 1, 128, 64, 64), -1.0), "CT")[:, :, 12:20, 4:-4, 4:-4]
     assert (network.air_latent() - interior).abs().max() < 0.1
+
+
+@torch.no_grad()
+def test_the_latent_of_air_is_stored_with_the_weights_and_encoded_where_they_lack_it():
+    network, other, older = (scale(tiny()) for _ in range(3))
+    network.set_air_latent(other.autoencoder)
+    state = network.state_dict()
+    assert torch.equal(tiny().air, torch.zeros(4))
+    other.load_state_dict(state)
+    assert torch.equal(other.air_latent(), network.air_latent())
+    del state["air"]
+    older.load_state_dict(state)  # strictly
+    assert not torch.equal(older.air_latent(), network.air_latent())
+    network.set_air_latent(network.autoencoder)
+    torch.testing.assert_close(older.air_latent(), network.air_latent())

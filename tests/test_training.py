@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from conftest import TRAINING, tiny_network, train, train_workflow
+from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
 from monai.inferers import SimpleInferer
 
@@ -28,11 +31,11 @@ from custom_modules.training.latents import LatentDataset
 from custom_modules.training.losses import EstimateLoss, LatentDiffusionLoss, valid_voxels
 
 
-def latents(phantoms, network, **kwargs):
+def latents(phantoms, network, engine=None, copies=2, **kwargs):
     parser = train_workflow("train", **TRAINING, dataset_dir=str(phantoms)).parser
     data, transform = (parser.get_parsed_content(f"train#{key}") for key in ("dataset_data", "preprocessing"))
-    dataset = LatentDataset(data[:3], transform, network, roi_size=[32, 32, 32], copies=2, **kwargs)
-    dataset.encode()
+    dataset = LatentDataset(data[:3], transform, network, roi_size=[32, 32, 32], copies=copies, **kwargs)
+    dataset.encode(engine)
     return dataset
 
 
@@ -164,6 +167,66 @@ def test_the_estimate_of_a_perfect_denoiser_is_the_image_itself():
     network.denoiser.forward = lambda x, t: network.schedule.target(clean, noise, t)
     output, image = OneStepEstimate(network)(clean, noise, timesteps, condition, mr)
     torch.testing.assert_close(image, network.decode(clean, detail=network.detail(mr)), atol=2e-3, rtol=1e-3)
+
+
+def test_the_encoder_is_trained_for_the_mr_only_where_that_is_asked_for():
+    torch.manual_seed(0)
+    network = tiny_network()
+    network.set_latent_scale("MR", [torch.randn(4, 8, 8, 8) * 3 + 1])
+    torch.nn.init.normal_(network.denoiser.out[-1].weight, std=0.1)  # it starts at zero, and with it the gradient
+    clean, mr = torch.randn(2, 4, 8, 8, 8), torch.rand(2, 1, 32, 32, 32) * 2 - 1
+    given = [torch.randn(2, 4, 8, 8, 8), network.encode(mr, "MR").detach()]
+    outputs = {}
+    for train_encoder in (False, True):
+        estimate = OneStepEstimate(network, train_encoder=train_encoder)
+        outputs[train_encoder] = [estimate(clean, clean, torch.tensor([999, 10]), z_mr, mr)[0] for z_mr in given]
+        network.zero_grad()
+        outputs[train_encoder][0].square().mean().backward()
+        moved = [p.grad is not None and bool(p.grad.any()) for p in network.autoencoder.encoder.parameters()]
+        assert any(moved) == train_encoder
+    frozen, trained = outputs[False], outputs[True]
+    assert torch.equal(*trained) and torch.equal(trained[0], frozen[1]) and not torch.equal(*frozen)
+
+
+class Epochs(Engine):
+    """An engine that has completed some epochs and runs to another."""
+
+    def __init__(self, completed):
+        super().__init__(lambda engine, batch: None)
+        self.state.epoch = completed
+
+    def to(self, epoch):
+        self.state.epoch = epoch
+        self.fire_event(Events.EPOCH_STARTED)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_copies_are_renewed_as_if_training_had_begun_with_them(phantoms, workers):
+    network, engine = tiny_network(), Epochs(0)
+    dataset = latents(phantoms, network, engine=engine, amp=False, copies=3, renewed=2, workers=workers)
+    first = [[copy["label"].clone() for copy in copies] for copies in dataset.latents]
+    for epoch in (1, 2, 3):
+        engine.to(epoch)
+    later = latents(phantoms, network, engine=Epochs(2), amp=False, copies=3, renewed=2)  # copies 4, 5 and 6
+    for copies, expected, old in zip(dataset.latents, later.latents, first):
+        assert all(torch.equal(one["label"], other["label"]) for one, other in zip(copies, expected))
+        assert all(torch.allclose(one["z_mr"], other["z_mr"], atol=1e-2) for one, other in zip(copies, expected))
+        assert not any(torch.equal(copy["label"], label) for copy in copies for label in old)
+
+
+def test_what_the_ct_is_encoded_as_stays_when_the_encoder_is_trained(phantoms):
+    network, engine = tiny_network(), Epochs(0)
+    dataset = latents(phantoms, network, engine=engine, amp=False, copies=1, renewed=1)
+    air, untrained = network.air_latent().clone(), copy.deepcopy(network)
+    with torch.no_grad():
+        for weight in network.autoencoder.parameters():
+            weight.add_(torch.randn_like(weight))
+    engine.to(1)
+    engine.to(2)
+    expected = latents(phantoms, untrained, engine=Epochs(1), amp=False, copies=1, renewed=1)
+    for (one,), (other,) in zip(dataset.latents, expected.latents):
+        torch.testing.assert_close(one["image"], other["image"])
+    assert torch.equal(network.air_latent(), air)
 
 
 def test_what_a_cuda_graph_captures_is_the_same_with_tensors_by_position():

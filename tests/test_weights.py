@@ -116,6 +116,16 @@ def test_shipping_several_weights_ships_their_mean_and_refuses_others(tmp_path):
     assert not (tmp_path / "other.pt").exists()
 
 
+def test_the_mean_of_weights_with_and_without_the_latent_of_air_has_it(tmp_path, network):
+    network.set_air_latent(network.autoencoder)
+    save_weights(network, tmp_path / "new.pt", torch.float32)
+    older = {key: value for key, value in network.state_dict().items() if key != "air"}
+    save_weights(older, tmp_path / "old.pt", torch.float32)
+    for paths in ("old.pt new.pt", "new.pt old.pt"):
+        ship([str(tmp_path / name) for name in paths.split()], str(tmp_path / "model.pt"))
+        torch.testing.assert_close(read_weights(tmp_path / "model.pt")[0]["air"], network.air.half())
+
+
 def test_the_answer_is_the_sha256_of_the_file(tmp_path, network):
     path = tmp_path / "new" / "model.pt"
     assert save_weights(network, path) == hashlib.sha256(path.read_bytes()).hexdigest()

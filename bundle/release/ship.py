@@ -59,7 +59,10 @@ def mean_weights(checkpoints: Sequence[str]) -> tuple[dict[str, Tensor], Mapping
     Raises:
         InputError: for files of different networks, or that were trained with other settings.
     """
-    first, *others = [read_weights(path.strip()) for path in checkpoints]
+    first, *others = files = [read_weights(path.strip()) for path in checkpoints]
+    if air := [state["air"] for state, _ in files if "air" in state]:  # weights from before 0.15 lack it
+        for state, _ in files:
+            state.setdefault("air", air[0])
     for path, (state, trained_with) in zip(checkpoints[1:], others):
         if trained_with != first[1] or {k: v.shape for k, v in state.items()} != {
             k: v.shape for k, v in first[0].items()

@@ -48,6 +48,8 @@ class Synthesizer(nn.Module):
         self.register_buffer("hu_window", torch.tensor(hu_window))
         self.register_buffer("latent_mean", torch.zeros(len(MODALITIES), channels))
         self.register_buffer("latent_std", torch.ones(len(MODALITIES), channels))
+        self.register_buffer("air", torch.zeros(channels))
+        self.register_load_state_dict_pre_hook(_without_air)
 
     @property
     def downsampling(self) -> int:
@@ -106,12 +108,20 @@ class Synthesizer(nn.Module):
         timesteps = torch.full((len(z),), t, device=z.device)
         return self.denoiser.denoise(z, timesteps, condition)
 
+    def set_air_latent(self, autoencoder: WaveletAutoencoderKL) -> None:
+        """Store the normalised CT latent of air by the encoder of ``autoencoder``, that of stage 1: the network's own
+        one may be trained for MRs since."""
+        size = 8 * self.downsampling
+        air = torch.full((1, 1, size, size, size), -1.0, device=self.device)
+        centre = size // autoencoder.downsampling // 2
+        with torch.no_grad():
+            self.air.copy_(self.normalize(autoencoder.encode(air)[0], "CT")[0, :, centre, centre, centre])
+
     def air_latent(self) -> Tensor:
         """Return the normalised CT latent of air, (1, c, 1, 1, 1)."""
-        size = 8 * self.downsampling
-        air = torch.full((1, 1, size, size, size), -1.0, device=self.latent_mean.device)
-        centre = size // self.autoencoder.downsampling // 2
-        return self.encode(air, "CT")[:, :, centre, centre, centre, None, None, None]
+        if not self.air.any():  # weights from before it was stored with them: their encoder is that of stage 1
+            self.set_air_latent(self.autoencoder)
+        return self.air.view(1, -1, 1, 1, 1)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the parts (``torch.compile``), because :meth:`encode`, :meth:`decode` and :meth:`predict` do not pass
@@ -133,3 +143,8 @@ class Synthesizer(nn.Module):
         condition = self.condition(z_mr)
         z = self.schedule.sample(lambda z, t: self.predict(z, t, condition), z, self.num_inference_steps)
         return self.decode(z, detail=self.detail(mr))
+
+
+def _without_air(network: Synthesizer, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let weights be loaded that were stored before the latent of air was."""
+    state.setdefault(f"{prefix}air", torch.zeros_like(network.air))

@@ -153,24 +153,26 @@ class LatentPrepareBatch(DiffusionPrepareBatch):
 class OneStepEstimate(nn.Module):
     """The denoiser's output for noisy latents, and the decoded one-step estimate of the clean latent (Eq. 14).
 
-    It is a module because distributed training needs the gradients of both networks to pass through one ``forward``.
-    The encoder is frozen, and so is the rest of the autoencoder where it does not decode.
+    It is a module because distributed training needs the gradients of all networks to pass through one ``forward``.
 
     Args:
-        decodes: False for the denoiser's output alone; the estimate is then None.
+        decodes: False for the denoiser's output alone; the estimate is then None, and the decoder frozen.
+        train_encoder: encode the MR here, with gradients, so that its latent learns what the CT needs. The latents of
+            the CT stay those of stage 1. Without it the encoder is frozen, and ``condition`` is the latent of the MR.
     """
 
-    def __init__(self, network: Synthesizer, decodes: bool = True) -> None:
+    def __init__(self, network: Synthesizer, decodes: bool = True, train_encoder: bool = False) -> None:
         super().__init__()
-        self.network, self.decodes = network, decodes
-        network.autoencoder.encoder.requires_grad_(False)
-        if not decodes:
-            network.autoencoder.requires_grad_(False)
+        self.network, self.decodes, self.train_encoder = network, decodes, train_encoder
+        network.autoencoder.encoder.requires_grad_(train_encoder)
+        network.autoencoder.decoder.requires_grad_(decodes)
 
     def forward(
         self, clean: Tensor, noise: Tensor, timesteps: Tensor, condition: Tensor, mr: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         schedule = self.network.schedule
+        if self.train_encoder:
+            condition = self.network.encode(mr, "MR")
         noisy = schedule.add_noise(clean, noise, timesteps)
         output = self.network.denoiser(torch.cat([noisy, condition], dim=1), timesteps)
         if not self.decodes:
