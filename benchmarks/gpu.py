@@ -32,8 +32,8 @@ SETTINGS = {
 }  # fmt: skip
 AUTOENCODER = {"batch_size": 4, "validations": 1}
 DIFFUSION = {
-    "batch_size": 8, "roi_size": [96, 96, 64], "distinct_patients": False, "augmented_copies": 36, "ema_decay": 0.999,
-    "validations": 2,
+    "batch_size": 8, "roi_size": [96, 96, 64], "distinct_patients": False, "ema_decay": 0.999, "validations": 5,
+    "augmented_copies": 16, "renewed_copies": 2, "steps_per_epoch": 400,
 }  # fmt: skip
 BENCHES = (
     ["pipeline.py", "volumes", "--amp", "True"], ["pipeline.py", "volumes"], ["pipeline.py", "settings"], ["blocks.py"],
