@@ -31,6 +31,7 @@ TITLES = {name: system.title for name, system in SYSTEMS.items()} | {
     "full_voxelwise": f"3D-WLDM, L_D voxel by voxel, {FOUR}", "unet_lr_0.001": "3D U-Net, learning rate 0.001",
     "unet_one_crop": "3D U-Net, one crop per step", "full_seed_1": "3D-WLDM, seed 1",
     "full_group_width_16": "3D-WLDM, groups of 16 channels",
+    "wrm_smd_group_width_16": "w/ WRM+SMD, groups of 16 channels",
     "full_train_encoder": "3D-WLDM, groups of 16 channels, encoder trained in stage 2, too",
 }  # fmt: skip
 REFERENCES = ("unet", "vanilla")

@@ -53,7 +53,7 @@ RECIPES = {
     "whole_body": Recipe(_two_stages("whole_body")),
     "paper": Recipe(_two_stages("paper"), str(ROOT / "configs" / "paper.yaml")),
     "finetune": Recipe([Stage("finetune", ["train", "finetune"], 1.0)]),
-    "finetune_whole_body": Recipe([Stage("finetune", ["train", "finetune", "whole_body"], 1.0)]),
+    "finetune_whole_body": Recipe([Stage("finetune", ["train", "whole_body", "finetune"], 1.0)]),
 }
 
 
