@@ -170,10 +170,10 @@ class WholeVolumeInferer(LatentSampler):
 
     def _synthesize(self, mr: Tensor, body: Tensor, network: Synthesizer, generators: list[torch.Generator]) -> Tensor:
         body = (F.max_pool3d(body, network.autoencoder.downsampling)[0, 0] > 0).to(network.device)
-        z_mr, air = self._encode(mr, network, body), functools.cache(network.air_latent)  # encoding air takes a while
+        z_mr = self._encode(mr, network, body)
 
         def sample(noise: Tensor, steps: int) -> Tensor:
-            return self._sample(z_mr, noise.to(z_mr), steps, network, body, air)
+            return self._sample(z_mr, noise.to(z_mr), steps, network, body)
 
         return self._decode(torch.cat(self._draw(z_mr.shape, generators, sample)), mr, network, body)
 
@@ -213,10 +213,9 @@ class WholeVolumeInferer(LatentSampler):
         steps: int,
         network: Synthesizer,
         body: Tensor,
-        air: Callable[[], Tensor],
     ) -> Tensor:
-        """Return CT latents (K, c, d, h, w) from the ``noise`` of the same shape (Eqs. 13 and 14), with that of ``air``
-        in tiles without body."""
+        """Return CT latents (K, c, d, h, w) from the ``noise`` of the same shape (Eqs. 13 and 14), with that of air in
+        tiles without body."""
 
         def sample(voxels: int) -> Tensor:
             parts = self._tiles(body, network, voxels, network.denoiser.window)
@@ -227,7 +226,7 @@ class WholeVolumeInferer(LatentSampler):
                 return network.condition(z_mr[(..., *parts[tile][0])])
 
             def predict(z: Tensor, t: int) -> Tensor:
-                output = torch.empty_like(z) if everywhere else network.schedule.output_for(air(), z, t)
+                output = torch.empty_like(z) if everywhere else network.schedule.output_for(network.air_latent(), z, t)
                 with self._autocast(z.device):
                     for tile, (wide, box, inner) in enumerate(parts):
                         context = condition(tile)
