@@ -1,5 +1,5 @@
-# make demo [MR=path]   synthetic CT of a real torso MR, or of yours
-# make test             the tests, about eight minutes on two cores
+# make demo [MR=path]   synthetic CT of an MR simulated from a real CT of a torso, beside that CT; or of your MR
+# make test             the tests, about ten minutes on two cores
 # make test-fast        those that neither start processes nor train nor sample, below one minute
 # make test-slow        the longest ones
 # make lint             ruff (lint and format) and mypy

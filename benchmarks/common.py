@@ -80,10 +80,24 @@ def publish(
     content = {"date": date, "hardware": hardware(device), "torch": torch.__version__, "rows": rows}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    lines += [f"| {' | '.join(_text(row.get(column)) for column in columns)} |" for row in rows]
-    table = "\n".join([*lines, "", f"{date}, {hardware(device)}, PyTorch {torch.__version__}."])
+    table = f"{table_of(rows, columns)}\n\n{date}, {hardware(device)}, PyTorch {torch.__version__}."
     print(table, flush=True)
+    _put(name, table, page)
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(_text(row.get(column)) for column in columns)} |" for row in rows)])
+
+
+def put_table(name: str, rows: Sequence[Mapping[str, Any]], page: Path) -> None:
+    """Print ``rows`` as a table of all their columns and put it into the page, where nothing depends on the machine."""
+    table = table_of(rows, list(rows[0]))
+    print(f"{table}\n", flush=True)
+    _put(name, table, page)
+
+
+def _put(name: str, table: str, page: Path) -> None:
     if page.exists():
         mark = re.compile(f"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
         page.write_text(mark.sub(lambda found: f"{found[1]}{table}\n{found[2]}", page.read_text()))

@@ -86,10 +86,16 @@ def demo(mr: str | None = None, output_dir: str = "demo", **settings: Any) -> No
     source, truth = example(Path(output_dir))
     target = Path(output_dir) / "sct.nii.gz"
     synthesize(str(source), str(target), **settings)
-    sct, ct = (np.asarray(read_volume(path)[0], dtype=np.float32) for path in (target, truth))
     picture(source, target, truth)
-    body = ct_tissue_mask(ct)
+    error, dice = scores_of(target, truth)
     print(
-        f"error         {mae(sct, ct, body):.0f} HU in the body on average, bone Dice "
-        f"{tissue_dice(sct, ct, body, name='bone'):.2f}; red in the picture is too high, blue too low"
+        f"error         {error:.0f} HU in the body on average, bone Dice {dice:.2f}; red in the picture is too high, "
+        "blue too low"
     )
+
+
+def scores_of(sct: Path, ct: Path) -> tuple[float, float]:
+    """Return MAE in the body, in HU, and bone Dice of a synthetic CT on the grid of the CT."""
+    predicted, truth = (np.asarray(read_volume(path)[0], dtype=np.float32) for path in (sct, ct))
+    body = ct_tissue_mask(truth)
+    return float(mae(predicted, truth, body)), float(tissue_dice(predicted, truth, body, name="bone"))
