@@ -229,10 +229,11 @@ def scores_in_words() -> dict:
         for name in ("mae", "bone_dice")
     }
     low, high = test["interval"]["synthrad2025_mae"]
-    row = "{synthrad2025_mae:.1f} | {synthrad2025_bias:.1f} | {synthrad2025_bone_mae:.0f} | {synthrad2025_bone_dice:.2f}"
+    decimals = {"mae": 1, "bias": 1, "bone_mae": 0, "bone_dice": 2}
+    row = [f"{mean[f'synthrad2025_{name}']:.{digits}f}" for name, digits in decimals.items()]
     return record | {
         "weights": record["weights"][:8], "mean": mean, "sd": test["sd"], "low": low, "high": high,
-        "row": f"{row} | {{paper_ssim:.3f}}".format(**mean), "too_soft": -mean["synthrad2025_bone_bias"],
+        "row": " | ".join([*row, f"{mean['paper_ssim']:.3f}"]), "too_soft": -mean["synthrad2025_bone_bias"],
         "limb": test["patients"]["STS_017"], "spin_echo": record["simulated"]["t1_spin_echo"],
         "mae_range": "{:.0f} to {:.0f}".format(*ranges["mae"]),
         "dice_range": "{:.2f} to {:.2f}".format(*ranges["bone_dice"]),
