@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from monai.bundle import ConfigParser
 from tqdm import tqdm
 
 from bundle.simulate import simulate
@@ -17,10 +19,13 @@ from custom_modules.data.volumes import read_volume, sibling_path
 from custom_modules.errors import InputError
 from custom_modules.evaluation.uncertainty import coverage, fit_scale
 from custom_modules.files import inside, sha256, write_json
+from custom_modules.inference.calibration import DENSE_BONE, calibrated, fit_bone_curve
 from custom_modules.inference.guard import Measurements
 
 # contrasts of configs/whole_body.yaml on which the shipped weights are of use
 KNOWN = "t1_spin_echo,t1_in_phase,t1_opposed_phase,t2,proton_density"
+
+MOST_PATIENTS = 24  # of the training split, on whom the curve of bone is fitted
 
 
 def calibrate(
@@ -32,53 +37,72 @@ def calibrate(
     num_samples: int = 8,
     **settings: Any,
 ) -> None:
-    """Fit the scalar that scales the SD of samples to the error in HU, and store it with the weights.
+    """Fit the curve of dense bone and the factor from SD to error, in HU, and store them with the weights.
+
+    The factor is fitted on ``split`` alone, after the curve. The curve is fitted on it and on the training split: few
+    validation patients have much dense bone, and that of training patients is synthesised hardly better.
 
     Args:
         split: validation patients; never those for whom results are reported.
         path: the JSON that inference.yaml reads.
-        pred_dir: folder that keeps the synthetic CTs and their SD; a temporary one when None.
+        pred_dir: folder that keeps the synthetic CTs and their SD, both without calibration; a temporary one when None.
         num_samples: number of samples that inference will draw.
         settings: further settings of configs/inference.yaml, as in later use.
     """
-    pairs = [pair for pair in _pairs(dataset_dir, datalist, split) if "image" in pair]
+    pairs, training = (
+        [pair for pair in _pairs(dataset_dir, datalist, name) if "image" in pair] for name in (split, "training")
+    )
     if not pairs:
         raise InputError(f"split '{split}' has no pair of MR and CT to calibrate on")
+    training = [] if split == "training" else training[:: -(-len(training) // MOST_PATIENTS) or 1]
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(pred_dir or scratch)
-        for pair in pairs:
-            inside(folder, pair["patient"])
-        volumes = [{"image": pair["image"], "output": f"{pair['patient']}_sct.nii.gz"} for pair in pairs]
-        own: dict[str, Any] = {
-            "output_dir": str(folder),
-            "calibration": None,
-            "guard_statistics": None,
-            "dataset#data": volumes,
-        }
-        workflow = inference_workflow(**own, num_samples=num_samples, **settings)
-        workflow.run()
-        cases = [_error_and_sd(pair, folder / volume["output"]) for pair, volume in zip(pairs, volumes)]
-    scale = fit_scale(*zip(*cases))
-    parser = workflow.parser
-    covered = [float(np.mean([coverage(e, scale * s, level) for e, s in cases])) for level in (0.5, 0.8, 0.95)]
+        folder, other = Path(pred_dir or scratch), Path(scratch) / "training"
+        parser = _synthesise(pairs, folder, num_samples=num_samples, **settings)
+        cases = [_within_body(pair, folder) for pair in pairs]
+        spreads = [_within_body(pair, folder, "_sd")[0] for pair in pairs]
+        if training:
+            _synthesise(training, other, **settings)
+        dense = [hu[:, hu[0] >= DENSE_BONE] for hu in (*cases, *(_within_body(pair, other) for pair in training))]
+    highest = parser.get_parsed_content("hu_window")[1]
+    predicted, truth = np.concatenate(dense, axis=1)
+    curve = fit_bone_curve(predicted, truth, highest)
+    errors = [(calibrated(pred, curve) - ct, sd) for (pred, ct), sd in zip(cases, spreads)]
+    scale = fit_scale(*zip(*errors))
+    covered = [float(np.mean([coverage(e, scale * s, level) for e, s in errors])) for level in (0.5, 0.8, 0.95)]
     record = {
         "sd_scale": scale,
+        "bone_curve": curve,
         "model_sha256": sha256(parser.get_parsed_content("checkpoint")),
-        "settings": parser.get_parsed_content("sd_calibration").settings,
+        "settings": parser.get_parsed_content("stored_calibration").settings,
         "split": split,
         "patients": [pair["patient"] for pair in pairs],
+        "patients_of_bone_curve": [pair["patient"] for pair in training + pairs],
         "coverage": dict(zip(("50", "80", "95"), covered)),
     }
     write_json(record, path)
+    bone = " ".join(f"{x:.0f}:{y:.0f}" for x, y in curve or ())
+    print(f"HU of dense bone {bone or 'unchanged: there is too little of it'}")
     print(f"SD x {scale:.3g} covers {covered[0]:.1%}, {covered[1]:.1%}, {covered[2]:.1%} (50, 80, 95 %): {path}")
 
 
-def _error_and_sd(pair: dict[str, str], sct: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return error and SD in HU of the voxels in the body."""
-    paths = (pair["image"], pair["label"], sct, sibling_path(sct, "_sd"))
-    mr, ct, pred, sd = (np.asarray(read_volume(path)[0]) for path in paths)
+def _synthesise(pairs: Sequence[Mapping[str, str]], folder: Path, **settings: Any) -> ConfigParser:
+    """Write the synthetic CTs of ``pairs``, not calibrated, as ``<patient>_sct.nii.gz``; return the config."""
+    for pair in pairs:
+        inside(folder, pair["patient"])
+    volumes = [{"image": pair["image"], "output": f"{pair['patient']}_sct.nii.gz"} for pair in pairs]
+    own: dict[str, Any] = {"calibration": None, "guard_statistics": None, "dataset#data": volumes}
+    workflow = inference_workflow(output_dir=str(folder), **own, **settings)
+    workflow.run()
+    return workflow.parser
+
+
+def _within_body(pair: Mapping[str, str], folder: Path, suffix: str = "") -> np.ndarray:
+    """Return HU of the synthetic CT in ``folder``, or with ``suffix`` what lies beside it, and of the CT within the
+    body, (2, voxels)."""
+    sct = sibling_path(folder / f"{pair['patient']}_sct.nii.gz", suffix)
+    mr, ct, pred = (np.asarray(read_volume(path)[0]) for path in (pair["image"], pair["label"], sct))
     mask = ct_body_mask(ct, mr)
-    return (pred - ct)[mask], sd[mask]
+    return np.stack([pred[mask], ct[mask]])
 
 
 def guard(

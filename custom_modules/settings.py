@@ -186,7 +186,7 @@ SETTINGS: dict[str, Setting] = {
     "verbose": Setting("bool", "print the lines of MONAI and Ignite, and a bar for the tiles of each volume"),
     "strict": Setting("bool", "refuse an MR that is unlike the training MRs instead of warning"),
     "guard_statistics": Setting("str", "statistics of the training MRs; null: inputs are not compared", nullable=True),
-    "calibration": Setting("str", "factor from SD to error; null: SD unchanged", nullable=True),
+    "calibration": Setting("str", "of bone and SD, stored with the weights; null: unchanged", nullable=True),
     "allow_ct": Setting("bool", "accept a CT, or DICOM of another modality, as the MR"),
     "series": Setting(
         "str", "take only the DICOM series of this UID, number or description (a shell pattern)", nullable=True

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, files_in, save, small_torso
@@ -17,6 +18,7 @@ from monai.bundle import ConfigWorkflow
 
 from bundle.calibrate import calibrate, guard
 from bundle.evaluate import evaluate
+from bundle.workflow import inference_workflow
 from custom_modules.data.body import ct_body_mask
 from custom_modules.data.hu import TISSUES
 from custom_modules.data.volumes import read_volume
@@ -25,7 +27,7 @@ from custom_modules.evaluation.metrics import PROTOCOLS
 from custom_modules.evaluation.organs import SEGMENTER
 from custom_modules.evaluation.split import Evaluation, fit_lookup, near_border, score_patient, summarize, write_csv
 from custom_modules.files import sha256
-from custom_modules.inference.calibration import Calibration
+from custom_modules.inference.calibration import Calibration, calibrated
 
 SHAPE, SPACING = (44, 36, 40), 4.0
 
@@ -387,9 +389,42 @@ def test_calibrate_fits_the_scale_that_is_then_used(cohort, checkpoint):
                          *(folder / f"p{number}_{n}.nii.gz" for n in ("sct", "sct_sd")))
         )  # fmt: skip
         mask = ct_body_mask(ct, mr)
-        ratios.append(np.mean(((pred - ct)[mask] / np.maximum(sd[mask], 1)) ** 2))
+        error = calibrated(pred[mask], stored["bone_curve"]) - ct[mask]
+        ratios.append(np.mean((error / np.maximum(sd[mask], 1)) ** 2))
     assert stored["sd_scale"] == pytest.approx(np.sqrt(np.mean(ratios)), rel=1e-4)
     assert Calibration(target, checkpoint, stored["settings"]).scale == stored["sd_scale"]
+
+
+def test_calibrate_fits_bone_on_the_training_split_too_and_sd_to_what_is_left(cohort, checkpoint, monkeypatch):
+    """In place of the networks, CTs whose dense bone has lost a third of what it has above 500 HU."""
+    splits = {}
+    for split, patient in (("training", "p1"), ("test", "p2")):
+        ct = nib.load(cohort / patient / "ct.nii.gz")
+        hu = ct.get_fdata()
+        hu[5:15, 5:15, 5:15] = np.linspace(400, 1400, 1000).reshape(10, 10, 10)
+        save(cohort / patient / "ct.nii.gz", hu.astype(np.float32), ct.affine)
+        splits[split] = [{"image": f"{patient}/mr.nii.gz", "label": f"{patient}/ct.nii.gz", "patient": patient}]
+    (cohort / "datalist.json").write_text(json.dumps(splits))
+    made = []
+
+    def synthesise(pairs, folder, **settings):
+        for pair in pairs:
+            ct = nib.load(pair["label"])
+            hu = ct.get_fdata()
+            soft = np.where(hu > 500, 500 + (hu - 500) / 1.5, hu) + 20
+            sd = 9.5 + np.indices(hu.shape).sum(axis=0) % 2
+            for name, values in (("sct", soft), ("sct_sd", sd)):
+                save(folder / f"{pair['patient']}_{name}.nii.gz", values.astype(np.float32), ct.affine)
+        made.append(([pair["patient"] for pair in pairs], settings.get("num_samples", 1)))
+        return inference_workflow(checkpoint=str(checkpoint), **TINY).parser
+
+    monkeypatch.setattr("bundle.calibrate._synthesise", synthesise)
+    calibrate(str(cohort), split="test", path=str(cohort / "calibration.json"), num_samples=3)
+    stored = json.loads((cohort / "calibration.json").read_text())
+    assert made == [(["p2"], 3), (["p1"], 1)] and stored["patients_of_bone_curve"] == ["p1", "p2"]
+    x, y = np.transpose(stored["bone_curve"][1:-1])
+    np.testing.assert_allclose(y, 500 + 1.5 * (x - 520), atol=15)
+    assert stored["sd_scale"] == pytest.approx(2, rel=0.05)  # an error of 20 HU, SD 10
 
 
 @pytest.mark.integration

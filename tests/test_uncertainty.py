@@ -9,12 +9,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ramp, save
+from conftest import ramp, save, stub
+from monai.data import MetaTensor
 from scipy.stats import norm, rankdata
 
 from custom_modules.evaluation.uncertainty import FRACTIONS, assess, coverage, ence, fit_scale, sparsification, spearman
 from custom_modules.files import sha256
-from custom_modules.inference.calibration import Calibration, SplitSpreadd
+from custom_modules.inference.calibration import CalibrateBoned, Calibration, SplitSpreadd, fit_bone_curve
 
 RNG = np.random.default_rng(0)
 SD = RNG.uniform(10, 100, 20000)
@@ -123,6 +124,63 @@ def test_the_second_channel_becomes_sd_in_hu(stored):
     assert set(split({"pred": pred[:1]})) == {"pred"}
 
 
+# dense bone
+
+
+CURVE = [[500.0, 500.0], [700.0, 800.0], [900.0, 1200.0], [1600.0, 1600.0]]
+
+
+@pytest.fixture
+def with_curve(stored):
+    content = json.loads((stored / "calibration.json").read_text())
+    content |= {"bone_curve": CURVE, "settings": {"num_samples": 8, "num_inference_steps": 1, "output": "mean"}}
+    (stored / "calibration.json").write_text(json.dumps(content))
+    return stored
+
+
+def test_the_curve_is_the_median_of_the_ct():
+    rng = np.random.default_rng(0)
+    predicted = rng.uniform(-200, 1400, 200_000)
+    truth = np.where(predicted < 500, predicted, 500 + 1.2 * (predicted - 500)) + rng.laplace(0, 100, predicted.size)
+    curve = np.array(fit_bone_curve(predicted, truth, 1600.0))
+    assert curve[0].tolist() == [500, 500] and curve[-1].tolist() == [1600, 1600]
+    np.testing.assert_allclose(curve[1:-1, 1], 500 + 1.2 * (curve[1:-1, 0] - 500), atol=10)
+
+
+@pytest.mark.parametrize("slope", [-1.0, 0.0, 3.0])
+def test_the_curve_rises_within_its_ends_whatever_the_ct(slope):
+    predicted = np.random.default_rng(1).uniform(400, 1500, 20_000)
+    curve = np.array(fit_bone_curve(predicted, 900 + slope * (predicted - 900), 1600.0))
+    assert (np.diff(curve, axis=0) >= 0).all() and curve.min() == 500 and curve.max() == 1600
+
+
+def test_too_little_dense_bone_gives_no_curve():
+    assert fit_bone_curve(np.full(10_000, 400.0), np.full(10_000, 900.0), 1600.0) is None
+    assert fit_bone_curve(np.full(100, 800.0), np.full(100, 900.0), 1600.0) is None
+
+
+def test_only_dense_bone_moves_along_the_curve(with_curve):
+    calibration = Calibration(with_curve / "calibration.json", with_curve / "model.pt", {})
+    hu = MetaTensor(torch.tensor([[[[-1000.0, 40.0, 500.0, 600.0, 700.0, 1000.0, 1600.0]]]]), affine=2 * torch.eye(4))
+    data = CalibrateBoned("pred", calibration)({"pred": hu})
+    expected = [-1000.0, 40.0, 500.0, 650.0, 800.0, 1200 + 400 / 7, 1600.0]
+    assert data["pred"].flatten().tolist() == pytest.approx(expected) and hu[0, 0, 0, 3] == 600
+    assert torch.equal(data["pred"].affine, hu.affine)
+
+
+def test_the_curve_belongs_to_its_weights_and_to_the_settings_of_the_estimate(with_curve, caplog):
+    def curve(**settings):
+        return Calibration(with_curve / "calibration.json", with_curve / "model.pt", settings).bone_curve
+
+    with caplog.at_level(logging.WARNING):
+        assert curve(num_samples=1, num_inference_steps=1, output="mean") == CURVE and not caplog.text
+        assert curve(num_inference_steps=4, output="mean") is None and "num_inference_steps 1" in caplog.text
+        assert curve(num_inference_steps=1, output="sample") is None and "output mean" in caplog.text
+    assert Calibration(None, with_curve / "model.pt", {}).bone_curve is None
+    (with_curve / "model.pt").write_bytes(b"others")
+    assert curve() is None
+
+
 # from files to files
 
 
@@ -143,6 +201,24 @@ def test_several_samples_write_the_estimate_and_sd_on_the_grid_of_the_mr(tmp_pat
     np.testing.assert_allclose(estimate.get_fdata(), alone.get_fdata(), atol=1)
     np.testing.assert_allclose(sd.get_fdata()[inside], np.std(single, axis=0, ddof=1)[inside], atol=2)
     assert sd.get_fdata().max() > 1
+
+
+def test_dense_bone_in_a_file_moves_along_the_curve_and_is_made_again_when_that_changes(tmp_path, infer, checkpoint):
+    path = save(tmp_path / "a.nii.gz", ramp((16, 14, 12), np.diag([2.0, 2, 2, 1])))
+    stored = tmp_path / "calibration.json"
+
+    def synthesised(curve):
+        settings = {"num_inference_steps": 1, "num_samples": 1, "sample_steps": 8, "output": "mean"}
+        content = {"sd_scale": 1.0, "bone_curve": curve, "model_sha256": sha256(checkpoint), "settings": settings}
+        stored.write_text(json.dumps(content))
+        infer(path, tmp_path / "out", calibration=str(stored), resume=True, **stub())
+        assert json.loads((tmp_path / "out" / "a_sct.json").read_text())["bone_curve"] == curve
+        return nib.load(tmp_path / "out" / "a_sct.nii.gz").get_fdata()
+
+    plain, moved = synthesised(None), synthesised(CURVE)
+    dense = plain > 501  # files are rounded to whole HU
+    assert 0.05 < dense.mean() < 0.95 and np.array_equal(moved[plain < 500], plain[plain < 500])
+    np.testing.assert_allclose(moved[dense], np.interp(plain[dense], *zip(*CURVE)), atol=2)
 
 
 def test_the_sample_mode_answers_with_the_first_sample(tmp_path, infer):

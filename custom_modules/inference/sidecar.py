@@ -27,7 +27,7 @@ class Sidecar:
         checkpoint: the weights.
         version: of the bundle.
         device: whose peak memory is recorded.
-        calibration: of the standard deviation, for several samples.
+        calibration: of bone, and of the standard deviation of several samples.
         settings: of the synthesis, such as seed, steps and HU window; when None, those of the running config that
             change the result (:func:`~custom_modules.config_check.result_settings`).
         beside_series: NIfTI is written beside DICOM series, too.
@@ -72,7 +72,9 @@ class Sidecar:
             return False
 
     def _of_all(self) -> dict[str, Any]:
-        return {"model_sha256": self.model_sha256, "version": self.version, "settings": dict(self.settings)}
+        curve = self.calibration.bone_curve if self.calibration else None
+        made_by = {"model_sha256": self.model_sha256, "version": self.version, "settings": dict(self.settings)}
+        return made_by | {"bone_curve": curve}
 
     def __call__(self, image: str, output: str, guard: Mapping[str, Any] | None, seconds: float) -> None:
         """Record the synthesis of ``output`` (below the output folder) from the file or folder ``image``."""
