@@ -244,7 +244,7 @@ def evaluate(
     chosen |= {**system.settings, "checkpoint": str(output_dir / "runs" / system.stages[-1].folder / "model.pt")}
     evaluation = Evaluation(
         str(dataset_dir), str(datalist), "test", str(folder), config=overlays, name=name,
-        settings={**chosen, "guard_statistics": "null"},
+        settings={**chosen, "guard_statistics": "null", "calibration": "null"},
     )  # fmt: skip
     evaluation.synthesize()
     rows = [row for row in evaluation.score() if row["system"] == name]
