@@ -48,10 +48,8 @@ class Calibration:
             return {}
         stored = json.loads(Path(self.path).read_text())
         if stored["model_sha256"] != sha256(self.checkpoint):
-            logger.warning(
-                "HU of bone and SD are not calibrated: %s was fitted with other weights; run bundle calibrate",
-                self.path,
-            )
+            why = "was fitted with other weights; run wldm calibrate"
+            logger.warning("HU of bone and SD are not calibrated: %s %s", self.path, why)
             return {}
         return stored
 
