@@ -515,20 +515,47 @@ def test_a_folder_that_cannot_be_written_ends_in_one_line(tmp_path, inside):
 # back to the input's grid
 
 
-@pytest.mark.parametrize("slab_voxels", (1, 120, 2**22))  # two planes at a time, three, all
-def test_restore_grid_is_linear_interpolation_between_the_two_grids(slab_voxels):
-    affine = nib.affines.from_matvec(np.diag([2.0, 2.0, 2.0]), [3.0, 1.0, -2.0])
-    target = nib.affines.from_matvec(np.diag([-1.5, 0.7, 4.0]), [16.0, 2.0, 0.0])
-    values = np.random.default_rng(0).normal(size=(9, 8, 7)).astype(np.float32)
+def restored(values: np.ndarray, affine: np.ndarray, target: np.ndarray, shape: tuple[int, ...], **settings):
     source = volume(values, affine)
-    source.meta["source_affine"], source.meta["source_shape"] = torch.from_numpy(target), torch.tensor([6, 9, 4])
-    restored = RestoreGridd("pred", slab_voxels=slab_voxels)({"image": source, "pred": torch.from_numpy(values)[None]})[
-        "pred"
-    ]
-    points = nib.affines.apply_affine(np.linalg.inv(affine) @ target, np.moveaxis(np.indices((6, 9, 4)), 0, -1))
-    expected = ndimage.map_coordinates(values, np.moveaxis(points, -1, 0), order=1, mode="nearest")
-    np.testing.assert_allclose(restored[0], expected, atol=1e-4)
-    np.testing.assert_allclose(restored.affine, target, atol=1e-6)
+    source.meta["source_affine"], source.meta["source_shape"] = torch.from_numpy(target), torch.tensor(shape)
+    data = {"image": source, "pred": torch.from_numpy(values)[None]}
+    result = RestoreGridd("pred", **settings)(data)["pred"]
+    np.testing.assert_allclose(result.affine, target, atol=1e-6)
+    points = nib.affines.apply_affine(np.linalg.inv(affine) @ target, np.moveaxis(np.indices(shape), 0, -1))
+    return result[0].numpy(), np.moveaxis(points, -1, 0)
+
+
+FINE = nib.affines.from_matvec(np.diag([-1.5, 0.7, 4.0]), [16.0, 2.0, 0.0])
+TURNED = nib.affines.from_matvec(np.array([[0, 0, 1.1], [-1.5, 0, 0], [0, 3.0, 0]]), [2.0, 9.0, -1.0])
+SHEARED = nib.affines.from_matvec(np.array([[1.5, 0.4, 0], [0, 1.0, 0.2], [0, 0, 3.0]]), [3.0, 2.0, -1.0])
+
+
+@pytest.mark.parametrize("slab_voxels", (1, 120, 2**22))  # a plane at a time, three, all
+@pytest.mark.parametrize("target", [FINE, TURNED, SHEARED])
+def test_restore_grid_is_linear_interpolation_between_the_two_grids(slab_voxels, target):
+    affine = nib.affines.from_matvec(np.diag([2.0, 2.0, 2.0]), [3.0, 1.0, -2.0])
+    values = np.random.default_rng(0).normal(size=(9, 8, 7)).astype(np.float32)
+    result, points = restored(values, affine, target, (6, 9, 4), slab_voxels=slab_voxels)
+    np.testing.assert_allclose(result, ndimage.map_coordinates(values, points, order=1, mode="nearest"), atol=1e-4)
+
+
+@pytest.mark.parametrize("target", [FINE, TURNED])
+def test_splines_of_third_order_are_those_of_scipy_and_cut_off_at_the_extremes(target):
+    affine = nib.affines.from_matvec(np.diag([2.0, 2.0, 2.0]), [-30.0, -30.0, -30.0])
+    values = np.where(np.random.default_rng(0).random((40, 40, 40)) < 0.5, -1000, 60).astype(np.float32)
+    result, points = restored(values, affine, target, (8, 9, 6), order=3, slab_voxels=120)
+    expected = ndimage.map_coordinates(values, points, order=3, mode="mirror")
+    assert (points > 8).all() and (points < 31).all()  # far from the faces, where the two differ
+    assert expected.min() < -1050 and expected.max() > 110
+    np.testing.assert_allclose(result, expected.clip(-1000, 60), atol=0.1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_few_samples_have_splines_of_the_order_they_allow(size):
+    affine, target = np.eye(4), np.diag([0.5, 1, 1, 1])
+    values = np.arange(size, dtype=np.float32)[:, None, None] * np.ones((1, 5, 5), np.float32)
+    result, _ = restored(values, affine, target, (2 * size, 5, 5), order=3)
+    np.testing.assert_allclose(result[:, 2, 2], np.minimum(np.arange(2 * size) / 2, size - 1), atol=1e-5)
 
 
 def test_outside_the_body_is_air_and_inside_is_rounded_to_int16():

@@ -10,11 +10,9 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.data.utils import compute_shape_offset, zoom_affine
-from monai.transforms import (
-    MapTransform,
-    SpatialResample,
-)
-from monai.utils import convert_to_tensor
+from monai.transforms import MapTransform, SpatialResample
+from monai.utils import convert_to_tensor, ensure_tuple_rep
+from scipy.interpolate import make_interp_spline
 
 from custom_modules.errors import InputError
 
@@ -85,29 +83,64 @@ class ToSpacingd(MapTransform):
         return data
 
 
+def interpolate(
+    volume: MetaTensor, affine: np.ndarray, shape: Sequence[int], order: int, slab_voxels: int = SLAB_VOXELS
+) -> MetaTensor:
+    """(C, D, H, W) on the grid of ``affine`` and ``shape``, float32, by splines of ``order`` along one axis after the
+    other, slab by slab; beyond the outermost samples the nearest. Splines overshoot at edges, and are cut off at the
+    least and the greatest value of the volume. Where an affine is sheared, axes are not parallel, and :func:`resample`
+    interpolates."""
+    to_source = np.linalg.inv(np.asarray(volume.affine, dtype=np.float64)) @ np.asarray(affine, dtype=np.float64)
+    axes = np.abs(to_source[:3, :3]).argmax(axis=0)  # of the volume, along each of the grid
+    steps, offsets = to_source[axes, range(3)], to_source[axes, 3]
+    beside = to_source[:3, :3].copy()
+    beside[axes, range(3)] = 0
+    if len(set(axes)) < 3 or (np.abs(beside) @ np.asarray(shape)).max() > GRID_TOLERANCE:
+        return resample(volume, torch.as_tensor(affine), shape, align_corners=True, slab_voxels=slab_voxels)
+    values = volume.as_tensor().permute(0, *(1 + int(axis) for axis in axes))
+    first, second, third = (
+        _spline_matrix(n, offset + step * np.arange(size), order)
+        for n, offset, step, size in zip(values.shape[1:], offsets, steps, map(int, shape))
+    )
+    answer = torch.empty(len(volume), *map(int, shape))
+    thickness = max(1, slab_voxels // (len(second) * len(third)))
+    for rows, slab in zip(first.split(thickness), answer.split(thickness, dim=1)):
+        slab.copy_(torch.einsum("ai,nijk,bj,ck->nabc", rows, values, second, third))
+    return MetaTensor(answer.clamp_(values.min(), values.max()), affine=torch.as_tensor(affine))
+
+
+def _spline_matrix(n: int, places: np.ndarray, order: int) -> torch.Tensor:
+    """Return the matrix (places, n) by which ``n`` samples become those of their interpolating spline at ``places``."""
+    order = order if n > order else min(1, n - 1)
+    spline = make_interp_spline(np.arange(n), np.eye(n), k=order)
+    return torch.from_numpy(spline(places.clip(0, n - 1))).float()
+
+
 class RestoreGridd(MapTransform):
-    """Resample ``keys`` once, from the grid of ``source`` back to the grid it was read on, by :func:`resample`: a field
-    of view that cuts through the body ends in tissue, not in air.
+    """Resample ``keys`` once, from the grid of ``source`` back to the grid it was read on, by :func:`interpolate`: a
+    field of view that cuts through the body ends in tissue, not in air.
 
     Args:
+        order: of the splines, one for all keys or one for each; 1 is linear.
         slab_voxels: approximate number of voxels in a slab.
     """
 
     def __init__(
-        self, keys: KeysCollection, source: str = "image", allow_missing_keys: bool = False,
-        slab_voxels: int = SLAB_VOXELS,
+        self, keys: KeysCollection, source: str = "image", order: int | Sequence[int] = 1,
+        allow_missing_keys: bool = False, slab_voxels: int = SLAB_VOXELS,
     ) -> None:  # fmt: skip
         super().__init__(keys, allow_missing_keys)
         self.source, self.slab_voxels = source, slab_voxels
+        self.order = ensure_tuple_rep(order, len(self.keys))
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         data = dict(data)
         source = data[self.source]
-        for key in self.key_iterator(data):
+        for key, order in self.key_iterator(data, self.order):
             values = convert_to_tensor(data[key], dtype=torch.float32, track_meta=False)
             volume = MetaTensor(values, affine=source.affine)
             grid = source.meta["source_affine"], source.meta["source_shape"]
-            data[key] = resample(volume, *grid, align_corners=True, slab_voxels=self.slab_voxels)
+            data[key] = interpolate(volume, *grid, order, self.slab_voxels)
         return data
 
 
