@@ -19,7 +19,7 @@ from custom_modules.data.volumes import read_volume, sibling_path
 from custom_modules.errors import InputError
 from custom_modules.evaluation.uncertainty import coverage, fit_scale
 from custom_modules.files import inside, sha256, write_json
-from custom_modules.inference.calibration import DENSE_BONE, calibrated, fit_bone_curve
+from custom_modules.inference.calibration import DENSE_BONE, calibrate_bone_, fit_bone_curve
 from custom_modules.inference.guard import Measurements
 
 # contrasts of configs/whole_body.yaml on which the shipped weights are of use
@@ -66,7 +66,7 @@ def calibrate(
     highest = parser.get_parsed_content("hu_window")[1]
     predicted, truth = np.concatenate(dense, axis=1)
     curve = fit_bone_curve(predicted, truth, highest)
-    errors = [(calibrated(pred, curve) - ct, sd) for (pred, ct), sd in zip(cases, spreads)]
+    errors = [(calibrate_bone_(pred, curve) - ct, sd) for (pred, ct), sd in zip(cases, spreads)]
     scale = fit_scale(*zip(*errors))
     covered = [float(np.mean([coverage(e, scale * s, level) for e, s in errors])) for level in (0.5, 0.8, 0.95)]
     record = {
@@ -100,7 +100,7 @@ def _within_body(pair: Mapping[str, str], folder: Path, suffix: str = "") -> np.
     """Return HU of the synthetic CT in ``folder``, or with ``suffix`` what lies beside it, and of the CT within the
     body, (2, voxels)."""
     sct = sibling_path(folder / f"{pair['patient']}_sct.nii.gz", suffix)
-    mr, ct, pred = (np.asarray(read_volume(path)[0]) for path in (pair["image"], pair["label"], sct))
+    mr, ct, pred = (np.asarray(read_volume(path)[0], dtype=np.float32) for path in (pair["image"], pair["label"], sct))
     mask = ct_body_mask(ct, mr)
     return np.stack([pred[mask], ct[mask]])
 

@@ -27,7 +27,7 @@ from custom_modules.evaluation.metrics import PROTOCOLS
 from custom_modules.evaluation.organs import SEGMENTER
 from custom_modules.evaluation.split import Evaluation, fit_lookup, near_border, score_patient, summarize, write_csv
 from custom_modules.files import sha256
-from custom_modules.inference.calibration import Calibration, calibrated
+from custom_modules.inference.calibration import Calibration, calibrate_bone_
 
 SHAPE, SPACING = (44, 36, 40), 4.0
 
@@ -389,7 +389,7 @@ def test_calibrate_fits_the_scale_that_is_then_used(cohort, checkpoint):
                          *(folder / f"p{number}_{n}.nii.gz" for n in ("sct", "sct_sd")))
         )  # fmt: skip
         mask = ct_body_mask(ct, mr)
-        error = calibrated(pred[mask], stored["bone_curve"]) - ct[mask]
+        error = calibrate_bone_(pred[mask], stored["bone_curve"]) - ct[mask]
         ratios.append(np.mean((error / np.maximum(sd[mask], 1)) ** 2))
     assert stored["sd_scale"] == pytest.approx(np.sqrt(np.mean(ratios)), rel=1e-4)
     assert Calibration(target, checkpoint, stored["settings"]).scale == stored["sd_scale"]

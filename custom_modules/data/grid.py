@@ -137,7 +137,7 @@ class RestoreGridd(MapTransform):
         data = dict(data)
         source = data[self.source]
         for key, order in self.key_iterator(data, self.order):
-            values = convert_to_tensor(data[key], dtype=torch.float32, track_meta=False)
+            values = convert_to_tensor(data[key], dtype=torch.float32, device="cpu", track_meta=False)
             volume = MetaTensor(values, affine=source.affine)
             grid = source.meta["source_affine"], source.meta["source_shape"]
             data[key] = interpolate(volume, *grid, order, self.slab_voxels)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
+from monai.utils import convert_to_tensor
 from scipy.optimize import isotonic_regression
 
 from custom_modules.files import sha256
@@ -100,8 +100,16 @@ def fit_bone_curve(predicted: np.ndarray, truth: np.ndarray, highest: float) -> 
     return [ends[0], *np.stack([knots[:, 0], rising], axis=1).round(1).tolist(), ends[1]]
 
 
+def calibrate_bone_(hu: np.ndarray, curve: Sequence[Sequence[float]] | None) -> np.ndarray:
+    """Move dense bone along the ``curve`` of :func:`fit_bone_curve`, in place, for volumes are large; return ``hu``."""
+    if curve:
+        dense = hu > DENSE_BONE
+        hu[dense] = np.interp(hu[dense], *zip(*curve))
+    return hu
+
+
 class CalibrateBoned(MapTransform):
-    """Move HU of dense bone along the curve of the calibration; what is softer stays as it is."""
+    """Move HU of dense bone along the curve of the calibration, in place; what is softer stays as it is."""
 
     def __init__(self, keys: KeysCollection, calibration: Calibration) -> None:
         super().__init__(keys)
@@ -110,15 +118,8 @@ class CalibrateBoned(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         data = dict(data)
         for key in self.key_iterator(data):
-            if self.calibration.bone_curve:
-                hu = data[key].clone()
-                data[key] = hu.copy_(torch.from_numpy(calibrated(hu.cpu().numpy(), self.calibration.bone_curve)))
+            calibrate_bone_(convert_to_tensor(data[key], track_meta=False).numpy(), self.calibration.bone_curve)
         return data
-
-
-def calibrated(hu: np.ndarray, curve: Sequence[Sequence[float]] | None) -> np.ndarray:
-    """Return ``hu`` with its dense bone along the ``curve`` of :func:`fit_bone_curve`; unchanged without one."""
-    return np.where(hu > DENSE_BONE, np.interp(hu, *zip(*curve)), hu).astype(hu.dtype) if curve else hu
 
 
 class SplitSpreadd(MapTransform):
