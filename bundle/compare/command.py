@@ -135,13 +135,13 @@ def compare(
     budget: float = 30.0,
     systems: str | Sequence[str] = "all",
     output_dir: str = "runs/compare",
-    results: str = str(ROOT / "docs" / "results"),
+    results: str | None = None,
     **settings: Any,
 ) -> None:
     """Train each of ``systems`` for ``budget`` minutes on the training split and score it on the test split.
 
     Trainings are kept in ``output_dir`` and continue where they were stopped. A system that has been scored leaves
-    ``RESULTS/<system>.json``, small enough to be committed. With this file, for the same budget and data, the system is
+    ``RESULTS/<system>.json`` (by default in ``OUTPUT_DIR/results``), small enough to be committed. With this file, for the same budget and data, the system is
     done on any machine. ``compare.csv``, ``RESULTS.md`` and the picture are made from these files only.
 
     Args:
@@ -170,14 +170,15 @@ def compare(
         raise InputError(f"{output_dir}: holds a comparison of another budget or data; give another --output_dir")
     write_json(identity, marker)
     titles, table = {name: system.title for name, system in SYSTEMS.items()}, Path(output_dir) / "compare.csv"
+    records = Path(results or Path(output_dir) / "results")
     for name in names:
-        if _done(Path(results) / f"{name}.json", identity):
-            print(f"{name}: done, {results}/{name}.json")
+        if _done(records / f"{name}.json", identity):
+            print(f"{name}: done, {records}/{name}.json")
             continue
         print(f"{name}: {budget:g} min")
-        _compare_one(name, identity, pairs["test"], dataset_dir, path, Path(output_dir), Path(results), settings)
-        write_report(Path(results), identity, titles, table)
-    write_report(Path(results), identity, titles, table)
+        _compare_one(name, identity, pairs["test"], dataset_dir, path, Path(output_dir), records, settings)
+        write_report(records, identity, titles, table)
+    write_report(records, identity, titles, table)
 
 
 def _names(systems: str | Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""``compare.csv``, the tables of ``docs/results.md`` and its figure, made from the records of the systems."""
+"""``compare.csv``, the page of tables and its figure, made from the records of the systems."""
 
 from __future__ import annotations
 
