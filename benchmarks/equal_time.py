@@ -31,12 +31,14 @@ TITLES = {name: system.title for name, system in SYSTEMS.items()} | {
     "full_voxelwise": f"3D-WLDM, L_D voxel by voxel, {FOUR}", "unet_lr_0.001": "3D U-Net, learning rate 0.001",
     "unet_one_crop": "3D U-Net, one crop per step", "full_seed_1": "3D-WLDM, seed 1",
     "full_group_width_16": "3D-WLDM, groups of 16 channels",
+    "full_bone_weight_3": "3D-WLDM, bone counts three times",
+    "unet_bone_weight_3": "3D U-Net, bone counts three times",
     "wrm_smd_group_width_16": "w/ WRM+SMD, groups of 16 channels",
     "full_train_encoder": "3D-WLDM, groups of 16 channels, encoder trained in stage 2, too",
 }  # fmt: skip
 REFERENCES = ("unet", "vanilla")
 DRAWN = {
-    "one_core": ("unet", "pix2pix", "vanilla", "full", "full_group_width_16", "full_four_crops"),
+    "one_core": ("unet", "pix2pix", "vanilla", "full", "full_group_width_16", "full_bone_weight_3"),
     "gpu": ("unet", "pix2pix", "vanilla", "wrm", "wrm_smd", "full"),
 }
 
