@@ -59,7 +59,7 @@ def rows(folder: str, system: str = "3D-WLDM") -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row["system"] == system]
 
 
-def test_scores(folder: str) -> dict[str, Any]:
+def scores_of_patients(folder: str) -> dict[str, Any]:
     """Means with their 95 % intervals, the range over patients, the SD of samples and what it leaves out."""
     found = metrics(folder)
     patients = {
@@ -107,26 +107,30 @@ def simulated_scores(folders: Sequence[str]) -> dict[str, dict[str, Any]]:
     return record
 
 
-def write_tables(record: dict[str, Any]) -> None:
-    """Put the tables into the pages and the means into the metadata."""
-    mean, interval, sd = record["test"]["mean"], record["test"]["interval"], record["test"]["sd"]
+def score_table(test: dict[str, Any]) -> list[dict[str, str]]:
     table = []
     for name, (title, decimals) in SCORES.items():
-        low, high = interval[name]
-        ours = f"{mean['3D-WLDM'][name]:.{decimals}f} ({low:.{decimals}f} to {high:.{decimals}f})"
-        others = [mean[system].get(name) for system in SYSTEMS[1:]]
-        texts = ["not defined" if value is None else f"{value:.{decimals}f}" for value in others]
-        table.append(dict(zip(("", *SYSTEMS), (title, ours, *texts))))
-    put_table("scores", table, EVALUATION)
+        ours, *others = (test["mean"][system].get(name) for system in SYSTEMS)
+        low, high = test["interval"][name]
+        texts = [f"{ours:.{decimals}f} ({low:.{decimals}f} to {high:.{decimals}f})"]
+        texts += ["not defined" if value is None else f"{value:.{decimals}f}" for value in others]
+        table.append(dict(zip(("", *SYSTEMS), (title, *texts))))
+    return table
+
+
+def coverage_table(sd: dict[str, Any]) -> list[dict[str, str]]:
     table = []
-    for interval_ in INTERVALS:
-        row = {"SD of 8 samples, calibrated on the validation patients": f"in the {interval_} % interval"}
-        row |= {title: f"{100 * sd[f'{tissue}coverage_{interval_}']:.1f} %" for tissue, title in TISSUES.items()}
+    for interval in INTERVALS:
+        row = {"SD of 8 samples, calibrated on the validation patients": f"in the {interval} % interval"}
+        row |= {title: f"{100 * sd[f'{tissue}coverage_{interval}']:.1f} %" for tissue, title in TISSUES.items()}
         table.append(row)
     low, high = sd["coverage_95_range"]
     table[-1]["all"] += f" ({100 * low:.1f} to {100 * high:.1f} by patient)"
-    put_table("coverage", table, EVALUATION)
-    table = [
+    return table
+
+
+def simulated_table(simulated: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
+    return [
         {
             "contrast": contrast.replace("_", " "),
             "MAE, HU": f"{found['mae']:.0f}",
@@ -134,14 +138,14 @@ def write_tables(record: dict[str, Any]) -> None:
             "air Dice": f"{found['air_dice']:.2f}",
             "bias of air and lung, HU": f"{found['air_bias']:.0f}",
         }
-        for contrast, found in record["simulated"].items()
+        for contrast, found in simulated.items()
     ]
-    put_table("scores_simulated", table, WHOLE_BODY)
-    lines = ",\n".join(f'        "{name}": {mean["3D-WLDM"][name]:.{digits}f}' for name, (_, digits) in SCORES.items())
-    text = re.sub(
-        r'("eval_metrics": \{\n).*?(\n    \})', lambda m: m[1] + lines + m[2], METADATA.read_text(), flags=re.S
-    )
-    METADATA.write_text(text)
+
+
+def write_metadata(mean: dict[str, float]) -> None:
+    lines = ",\n".join(f'        "{name}": {mean[name]:.{decimals}f}' for name, (_, decimals) in SCORES.items())
+    block = re.compile(r'("eval_metrics": \{\n).*?(\n    \})', re.S)
+    METADATA.write_text(block.sub(lambda found: found[1] + lines + found[2], METADATA.read_text()))
 
 
 def main(test: str, validation: str, simulated: str | Sequence[str], demo: str = "demo") -> None:
@@ -156,16 +160,19 @@ def main(test: str, validation: str, simulated: str | Sequence[str], demo: str =
     folders = simulated.split(",") if isinstance(simulated, str) else simulated
     calibration = json.loads((ROOT / "models" / "calibration.json").read_text())
     error, dice = scores_of(Path(demo) / "sct.nii.gz", Path(demo) / "ct.nii.gz")
-    record = {
+    record: dict[str, Any] = {
         "weights": calibration["model_sha256"],
         "sd_scale": calibration["sd_scale"],
-        "test": test_scores(test),
+        "test": scores_of_patients(test),
         "validation": {"mae": metrics(validation)["systems"]["3D-WLDM"]["synthrad2025_mae"]["mean"]},
         "simulated": simulated_scores(folders),
         "demo": {"mae": error, "bone_dice": dice},
     }
     (RESULTS / "scores.json").write_text(json.dumps(record, indent=1) + "\n")
-    write_tables(record)
+    put_table("scores", score_table(record["test"]), EVALUATION)
+    put_table("coverage", coverage_table(record["test"]["sd"]), EVALUATION)
+    put_table("scores_simulated", simulated_table(record["simulated"]), WHOLE_BODY)
+    write_metadata(record["test"]["mean"]["3D-WLDM"])
 
 
 if __name__ == "__main__":

@@ -49,12 +49,11 @@ def calibrate(
         num_samples: number of samples that inference will draw.
         settings: further settings of configs/inference.yaml, as in later use.
     """
-    pairs, training = (
-        [pair for pair in _pairs(dataset_dir, datalist, name) if "image" in pair] for name in (split, "training")
-    )
+    pairs = _paired(dataset_dir, datalist, split)
     if not pairs:
         raise InputError(f"split '{split}' has no pair of MR and CT to calibrate on")
-    training = [] if split == "training" else training[:: -(-len(training) // MOST_PATIENTS) or 1]
+    training = [] if split == "training" else _paired(dataset_dir, datalist, "training")
+    training = training[:: -(-len(training) // MOST_PATIENTS) or 1]
     with tempfile.TemporaryDirectory() as scratch:
         folder, other = Path(pred_dir or scratch), Path(scratch) / "training"
         parser = _synthesise(pairs, folder, num_samples=num_samples, **settings)
@@ -147,6 +146,10 @@ def _raise_failure(batch: dict[str, Any]) -> dict[str, Any]:
     if "failure" in batch:
         raise InputError(batch["failure"])
     return batch
+
+
+def _paired(dataset_dir: str, datalist: str | None, split: str) -> list[dict[str, str]]:
+    return [pair for pair in _pairs(dataset_dir, datalist, split) if "image" in pair]
 
 
 def _pairs(dataset_dir: str, datalist: str | None, split: str) -> list[dict[str, str]]:

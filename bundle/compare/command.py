@@ -141,12 +141,13 @@ def compare(
     """Train each of ``systems`` for ``budget`` minutes on the training split and score it on the test split.
 
     Trainings are kept in ``output_dir`` and continue where they were stopped. A system that has been scored leaves
-    ``RESULTS/<system>.json`` (by default in ``OUTPUT_DIR/results``), small enough to be committed. With this file, for the same budget and data, the system is
+    ``RESULTS/<system>.json``, small enough to be committed. With this file, for the same budget and data, the system is
     done on any machine. ``compare.csv``, ``RESULTS.md`` and the picture are made from these files only.
 
     Args:
         budget: minutes of wall time per system, all its stages together; reading the volumes is not counted.
         systems: ``all``, names joined by commas, or a list; none (an empty text) only writes the report.
+        results: folder of the records; ``OUTPUT_DIR/results`` when None.
         settings: of all trainings, such as ``patience``.
 
     Raises:
