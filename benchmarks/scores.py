@@ -6,9 +6,10 @@
     wldm demo
     python benchmarks/scores.py --test TEST --validation VALIDATION --simulated SIMULATED --demo demo
 
-The record is ``benchmarks/results/scores.json``. The tables of docs/evaluation.md and docs/whole_body.md and
-``eval_metrics`` of configs/metadata.json are written from it, and tests/test_docs.py holds against it what other pages
-say. Several folders of simulated MRs are joined by commas.
+The record is ``benchmarks/results/scores.json``. The tables of docs/evaluation.md and docs/whole_body.md,
+``eval_metrics`` of configs/metadata.json and the sentences of :data:`QUOTES` are written from it, and
+tests/test_docs.py compares them.
+Several folders of simulated MRs are joined by commas.
 """
 
 from __future__ import annotations
@@ -47,6 +48,45 @@ SCORES = {  # name in metrics.json: title in the table, decimals
 INTERVALS = ("50", "80", "95")
 CURVES = ("sparsification", "oracle")
 TISSUES = {"": "all", "soft_": "soft tissue", "bone_": "bone"}
+
+QUOTES = {  # what pages say of the shipped weights, with figures of the record
+    "README.md": (
+        "| **3D-WLDM**, these weights (about 700 minutes of training, and 25 on a GPU) | {row} |",
+        "(STS_017; in-body MAE {limb[mae]:.0f} HU, bone Dice {limb[bone_dice]:.2f})",
+        "(MAE {demo[mae]:.0f} HU, bone Dice {demo[bone_dice]:.2f};",
+        "too soft, by {too_soft:.0f} HU on average",
+        "from {mae_range} HU and from {dice_range} Dice",
+        "T1 spin echo, the MAE is {spin_echo[mae]:.0f} HU and the bone Dice {spin_echo[bone_dice]:.2f}",
+    ),
+    "docs/README.md": (
+        "weights {weights}",
+        "| **3D-WLDM** | {row} |",
+        "bone is {too_soft:.0f} HU too soft on average",
+        "from {mae_range} HU MAE and from {dice_range} bone Dice",
+        "interval of the mean MAE is {low:.0f} to {high:.0f} HU",
+    ),
+    "docs/evaluation.md": (
+        "weights {weights}",
+        "| **3D-WLDM, these weights** | {row} |",
+        "bone is {too_soft:.0f} HU too soft on average",
+        "ENCE is {sd[ence]:.2f}",
+        "is {sd[spearman]:.2f} per voxel ({sd[spearman_range][0]:.2f} to {sd[spearman_range][1]:.2f} by patient) "
+        "and {sd[spearman_by_patient]:.2f} per patient",
+        "lowers the MAE from {mean[synthrad2025_mae]:.0f} to {sd[mae_without_a_fifth_sparsification]:.0f} HU "
+        "({sd[mae_without_a_fifth_oracle]:.0f} HU if",
+        "The scaling factor is {sd_scale:.1f}",
+        "MAE per patient ranges from {mae_range} HU, bone Dice from {dice_range}.",
+        "reach {validation[mae]:.1f} HU",
+    ),
+    "docs/whole_body.md": (
+        "weights {weights}",
+        "abdomen alone is at {spin_echo[mae_of][liver]:.0f} HU in T1 spin echo, the chest at "
+        "{spin_echo[mae_of][chest_lidc]:.0f}",
+    ),
+    "docs/troubleshooting.md": ("by {too_soft:.0f} HU on average",),
+    "docs/training.md": ("shipped ({weights})",),
+    "docs/clinical.md": ("weights {weights}",),
+}
 
 
 def metrics(folder: str) -> dict[str, Any]:
@@ -142,6 +182,41 @@ def simulated_table(simulated: dict[str, dict[str, Any]]) -> list[dict[str, str]
     ]
 
 
+def in_words(record: dict[str, Any]) -> dict[str, Any]:
+    """The record and what the quotes make of it."""
+    test, mean = record["test"], record["test"]["mean"]["3D-WLDM"]
+    ranges = {
+        name: [choose(patient[name] for patient in test["patients"].values()) for choose in (min, max)]
+        for name in ("mae", "bone_dice")
+    }
+    low, high = test["interval"]["synthrad2025_mae"]
+    decimals = {"mae": 1, "bias": 1, "bone_mae": 0, "bone_dice": 2}
+    row = [f"{mean[f'synthrad2025_{name}']:.{digits}f}" for name, digits in decimals.items()]
+    return record | {
+        "weights": record["weights"][:8], "mean": mean, "sd": test["sd"], "low": low, "high": high,
+        "row": " | ".join([*row, f"{mean['paper_ssim']:.3f}"]), "too_soft": -mean["synthrad2025_bone_bias"],
+        "limb": test["patients"]["STS_017"], "spin_echo": record["simulated"]["t1_spin_echo"],
+        "mae_range": "{:.0f} to {:.0f}".format(*ranges["mae"]),
+        "dice_range": "{:.2f} to {:.2f}".format(*ranges["bone_dice"]),
+    }  # fmt: skip
+
+
+def requote(text: str, old: str, new: str) -> str:
+    """Replace ``old`` by ``new``, of as many words, wherever lines break in it."""
+    pattern = r"(\s+)".join(map(re.escape, old.split(" ")))
+    return re.sub(pattern, lambda found: "".join(map("".join, zip(new.split(" "), (*found.groups(), "")))), text)
+
+
+def write_quotes(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Bring the quotes in the pages up to date; tests/test_docs.py names those that were not found."""
+    before, after = in_words(old), in_words(new)
+    for page, quotes in QUOTES.items():
+        text = (ROOT / page).read_text()
+        for quote in quotes:
+            text = requote(text, quote.format(**before), quote.format(**after))
+        (ROOT / page).write_text(text)
+
+
 def write_metadata(mean: dict[str, float]) -> None:
     lines = ",\n".join(f'        "{name}": {mean[name]:.{decimals}f}' for name, (_, decimals) in SCORES.items())
     block = re.compile(r'("eval_metrics": \{\n).*?(\n    \})', re.S)
@@ -168,7 +243,9 @@ def main(test: str, validation: str, simulated: str | Sequence[str], demo: str =
         "simulated": simulated_scores(folders),
         "demo": {"mae": error, "bone_dice": dice},
     }
-    (RESULTS / "scores.json").write_text(json.dumps(record, indent=1) + "\n")
+    path = RESULTS / "scores.json"
+    write_quotes(json.loads(path.read_text()), record)
+    path.write_text(json.dumps(record, indent=1) + "\n")
     put_table("scores", score_table(record["test"]), EVALUATION)
     put_table("coverage", coverage_table(record["test"]["sd"]), EVALUATION)
     put_table("scores_simulated", simulated_table(record["simulated"]), WHOLE_BODY)

@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from scores import QUOTES, in_words, requote  # noqa: E402
 
 from bundle.__main__ import settings_page  # noqa: E402
 
@@ -180,79 +182,30 @@ def test_readmes_scores_are_those_of_the_model_card():
         assert figures.strip() in card, (name, figures)
 
 
-QUOTES = {  # what pages say of the shipped weights; figures from benchmarks/results/scores.json
-    "README.md": (
-        "| **3D-WLDM**, these weights (about 700 minutes of training, and 25 on a GPU) | {row} |",
-        "(STS_017; in-body MAE {limb[mae]:.0f} HU, bone Dice {limb[bone_dice]:.2f})",
-        "(MAE {demo[mae]:.0f} HU, bone Dice {demo[bone_dice]:.2f};",
-        "too soft, by {too_soft:.0f} HU on average",
-        "from {mae_range} HU and from {dice_range} Dice",
-        "T1 spin echo, the MAE is {spin_echo[mae]:.0f} HU and the bone Dice {spin_echo[bone_dice]:.2f}",
-    ),
-    "docs/README.md": (
-        "weights {weights}",
-        "| **3D-WLDM** | {row} |",
-        "bone is {too_soft:.0f} HU too soft on average",
-        "from {mae_range} HU MAE and from {dice_range} bone Dice",
-        "interval of the mean MAE is {low:.0f} to {high:.0f} HU",
-    ),
-    "docs/evaluation.md": (
-        "weights {weights}",
-        "| **3D-WLDM, these weights** | {row} |",
-        "bone is {too_soft:.0f} HU too soft on average",
-        "ENCE is {sd[ence]:.2f}",
-        "is {sd[spearman]:.2f} per voxel ({sd[spearman_range][0]:.2f} to {sd[spearman_range][1]:.2f} by patient) "
-        "and {sd[spearman_by_patient]:.2f} per patient",
-        "lowers the MAE from {mean[synthrad2025_mae]:.0f} to {sd[mae_without_a_fifth_sparsification]:.0f} HU "
-        "({sd[mae_without_a_fifth_oracle]:.0f} HU if",
-        "The scaling factor is {sd_scale:.1f}",
-        "MAE per patient ranges from {mae_range} HU, bone Dice from {dice_range}.",
-        "reach {validation[mae]:.1f} HU",
-    ),
-    "docs/whole_body.md": (
-        "weights {weights}",
-        "abdomen alone is at {spin_echo[mae_of][liver]:.0f} HU in T1 spin echo, the chest at "
-        "{spin_echo[mae_of][chest_lidc]:.0f}",
-    ),
-    "docs/troubleshooting.md": ("by {too_soft:.0f} HU on average",),
-    "docs/training.md": ("shipped ({weights})",),
-    "docs/clinical.md": ("weights {weights}",),
-}
-
-
-def scores_in_words() -> dict:
-    """The record of the shipped weights' scores, and what the quotes make of it."""
-    record = json.loads((ROOT / "benchmarks" / "results" / "scores.json").read_text())
-    test, mean = record["test"], record["test"]["mean"]["3D-WLDM"]
-    ranges = {
-        name: [choose(patient[name] for patient in test["patients"].values()) for choose in (min, max)]
-        for name in ("mae", "bone_dice")
-    }
-    low, high = test["interval"]["synthrad2025_mae"]
-    decimals = {"mae": 1, "bias": 1, "bone_mae": 0, "bone_dice": 2}
-    row = [f"{mean[f'synthrad2025_{name}']:.{digits}f}" for name, digits in decimals.items()]
-    return record | {
-        "weights": record["weights"][:8], "mean": mean, "sd": test["sd"], "low": low, "high": high,
-        "row": " | ".join([*row, f"{mean['paper_ssim']:.3f}"]), "too_soft": -mean["synthrad2025_bone_bias"],
-        "limb": test["patients"]["STS_017"], "spin_echo": record["simulated"]["t1_spin_echo"],
-        "mae_range": "{:.0f} to {:.0f}".format(*ranges["mae"]),
-        "dice_range": "{:.2f} to {:.2f}".format(*ranges["bone_dice"]),
-    }  # fmt: skip
+def record() -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / "scores.json").read_text())
 
 
 def test_the_record_of_scores_is_that_of_the_shipped_weights():
     shipped = (ROOT / "models" / "model.pt.sha256").read_text().split()[0]
-    assert scores_in_words()["weights"] == shipped[:8]
+    assert record()["weights"] == shipped
 
 
 @pytest.mark.parametrize(("page", "quote"), [(page, quote) for page, quotes in QUOTES.items() for quote in quotes])
 def test_pages_quote_the_record_of_scores(page, quote):
     text = " ".join((ROOT / page).read_text().split())
-    assert quote.format(**scores_in_words()) in text
+    assert quote.format(**in_words(record())) in text
+
+
+def test_a_quote_is_brought_up_to_date_wherever_its_line_breaks():
+    page = "bone is 162 HU\n  too soft on average, in 162 HU"
+    assert requote(page, "bone is 162 HU too soft", "bone is 9 HU too soft") == (
+        "bone is 9 HU\n  too soft on average, in 162 HU"
+    )
 
 
 def test_the_metadata_has_the_record_of_scores():
-    mean = scores_in_words()["mean"]
+    mean = record()["test"]["mean"]["3D-WLDM"]
     for name, value in metadata()["eval_metrics"].items():
         decimals = len(str(value).partition(".")[2])
         assert value == pytest.approx(mean[name], abs=0.5 * 10**-decimals + 1e-9), name
