@@ -75,6 +75,7 @@ bench: .venv/installed
 	$(PY) benchmarks/pipeline.py settings
 	$(PY) benchmarks/files.py
 	$(PY) benchmarks/blocks.py
+	$(PY) benchmarks/resampling.py
 	$(PY) benchmarks/wavelets.py
 ifdef DATA
 	$(PY) benchmarks/steps.py --dataset_dir "$(DATA)"
