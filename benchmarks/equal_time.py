@@ -38,7 +38,15 @@ TITLES = {name: system.title for name, system in SYSTEMS.items()} | {
 }  # fmt: skip
 REFERENCES = ("unet", "vanilla")
 DRAWN = {
-    "one_core": ("unet", "pix2pix", "vanilla", "full", "full_group_width_16", "full_bone_weight_3"),
+    "one_core": (
+        "unet",
+        "unet_bone_weight_3",
+        "pix2pix",
+        "vanilla",
+        "full",
+        "full_group_width_16",
+        "full_bone_weight_3",
+    ),  # fmt: skip
     "gpu": ("unet", "pix2pix", "vanilla", "wrm", "wrm_smd", "full"),
 }
 

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 DENSE_BONE = 500.0  # HU, where the curve begins; soft tissue, spongy bone and the threshold of bone stay as they are
 KNOTS, LEAST_VOXELS = 8, 800  # of the curve; below so many voxels of dense bone there is none
+PART_VOXELS = 2**22  # that are moved along it at once
 OF_THE_CURVE = ("num_inference_steps", "output")  # settings that change what it corrects
 
 
@@ -101,10 +102,15 @@ def fit_bone_curve(predicted: np.ndarray, truth: np.ndarray, highest: float) -> 
 
 
 def calibrate_bone_(hu: np.ndarray, curve: Sequence[Sequence[float]] | None) -> np.ndarray:
-    """Move dense bone along the ``curve`` of :func:`fit_bone_curve`, in place, for volumes are large; return ``hu``."""
-    if curve:
-        dense = hu > DENSE_BONE
-        hu[dense] = np.interp(hu[dense], *zip(*curve))
+    """Move dense bone along the ``curve`` of :func:`fit_bone_curve`; return ``hu``, contiguous and of any shape. In
+    place and part by part, for volumes are large."""
+    if curve is None:
+        return hu
+    flat, (predicted, calibrated) = hu.view(), np.transpose(curve)
+    flat.shape = (-1,)  # unlike reshape, never a copy
+    for part in np.array_split(flat, 1 + hu.size // PART_VOXELS):
+        dense = part > DENSE_BONE
+        part[dense] = np.interp(part[dense], predicted, calibrated)
     return hu
 
 
