@@ -27,6 +27,7 @@ from common import RESULTS, ROOT, put_table
 from monai.bundle import ConfigParser
 
 from bundle.demo import scores_of
+from custom_modules.evaluation.split import SHOWN
 
 EVALUATION, WHOLE_BODY = ROOT / "docs" / "evaluation.md", ROOT / "docs" / "whole_body.md"
 METADATA = ROOT / "configs" / "metadata.json"
@@ -218,7 +219,8 @@ def write_quotes(old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def write_metadata(mean: dict[str, float]) -> None:
-    lines = ",\n".join(f'        "{name}": {mean[name]:.{decimals}f}' for name, (_, decimals) in SCORES.items())
+    shown = {name: decimals for name, (_, decimals) in SCORES.items() if name.split("_", 1)[1] in SHOWN}
+    lines = ",\n".join(f'        "{name}": {mean[name]:.{decimals}f}' for name, decimals in shown.items())
     block = re.compile(r'("eval_metrics": \{\n).*?(\n    \})', re.S)
     METADATA.write_text(block.sub(lambda found: found[1] + lines + found[2], METADATA.read_text()))
 
