@@ -45,8 +45,8 @@ CUBE = ((30, 28, 26), np.diag([1.3, 1.7, 3.0, 1]))
 
 
 def assert_linear(hu: np.ndarray, mr: np.ndarray, affine: np.ndarray, sign: float = 1.0, atol: float = 2.0) -> None:
-    """``hu`` is the stub's output for ``mr``: inside exact but for what splines make of the ends of a ramp; at the border
-    at most half a 2 mm sample off."""
+    """``hu`` is the stub's output for ``mr``: inside exact but for what splines make of the ends of a ramp; at the
+    border at most half a 2 mm sample off."""
     expected, spacing = linear_hu(mr, sign), np.linalg.norm(affine[:3, :3], axis=0)
     error = np.abs(hu - expected)
     margins = [max(1, int(np.ceil(2 / s))) for s in spacing]
