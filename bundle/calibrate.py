@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,19 +54,21 @@ def calibrate(
     if not pairs:
         raise InputError(f"split '{split}' has no pair of MR and CT to calibrate on")
     training = [] if split == "training" else _paired(dataset_dir, datalist, "training")
-    training = training[:: -(-len(training) // MOST_PATIENTS) or 1]
+    training = training[:: math.ceil(len(training) / MOST_PATIENTS) or 1]
     with tempfile.TemporaryDirectory() as scratch:
         folder, other = Path(pred_dir or scratch), Path(scratch) / "training"
         parser = _synthesise(pairs, folder, num_samples=num_samples, **settings)
-        cases = [_within_body(pair, folder) for pair in pairs]
-        spreads = [_within_body(pair, folder, "_sd")[0] for pair in pairs]
+        cases = [_within_body(pair, folder, "", "_sd") for pair in pairs]
         if training:
             _synthesise(training, other, **settings)
-        dense = [hu[:, hu[0] >= DENSE_BONE] for hu in (*cases, *(_within_body(pair, other) for pair in training))]
+        dense = [case[:2, case[1] >= DENSE_BONE] for case in cases]
+        for pair in training:  # one at a time: all bodies at once may not fit into memory
+            case = _within_body(pair, other, "")
+            dense.append(case[:, case[1] >= DENSE_BONE])
     highest = parser.get_parsed_content("hu_window")[1]
-    predicted, truth = np.concatenate(dense, axis=1)
+    truth, predicted = np.concatenate(dense, axis=1)
     curve = fit_bone_curve(predicted, truth, highest)
-    errors = [(calibrate_bone_(pred, curve) - ct, sd) for (pred, ct), sd in zip(cases, spreads)]
+    errors = [(calibrate_bone_(pred, curve) - ct, sd) for ct, pred, sd in cases]
     scale = fit_scale(*zip(*errors))
     covered = [float(np.mean([coverage(e, scale * s, level) for e, s in errors])) for level in (0.5, 0.8, 0.95)]
     record = {
@@ -95,13 +98,14 @@ def _synthesise(pairs: Sequence[Mapping[str, str]], folder: Path, **settings: An
     return workflow.parser
 
 
-def _within_body(pair: Mapping[str, str], folder: Path, suffix: str = "") -> np.ndarray:
-    """Return HU of the synthetic CT in ``folder``, or with ``suffix`` what lies beside it, and of the CT within the
-    body, (2, voxels)."""
-    sct = sibling_path(folder / f"{pair['patient']}_sct.nii.gz", suffix)
-    mr, ct, pred = (np.asarray(read_volume(path)[0], dtype=np.float32) for path in (pair["image"], pair["label"], sct))
-    mask = ct_body_mask(ct, mr)
-    return np.stack([pred[mask], ct[mask]])
+def _within_body(pair: Mapping[str, str], folder: Path, *suffixes: str) -> np.ndarray:
+    """Return HU within the body of the CT, then of what ``folder`` has with each of ``suffixes``: "" is the synthetic
+    CT, (1 + suffixes, voxels)."""
+    sct = folder / f"{pair['patient']}_sct.nii.gz"
+    paths: list[str | Path] = [pair["image"], pair["label"], *(sibling_path(sct, suffix) for suffix in suffixes)]
+    mr, *volumes = (np.asarray(read_volume(path)[0], dtype=np.float32) for path in paths)
+    mask = ct_body_mask(volumes[0], mr)
+    return np.stack([volume[mask] for volume in volumes])
 
 
 def guard(
