@@ -41,16 +41,10 @@ TITLES = {name: system.title for name, system in SYSTEMS.items()} | {
 REFERENCES = ("unet", "vanilla")
 DRAWN = {
     "one_core": (
-        "unet",
-        "unet_bone_weight_3",
-        "pix2pix",
-        "vanilla",
-        "full",
-        "full_group_width_16",
-        "full_bone_weight_3",
-    ),  # fmt: skip
+        "unet", "unet_bone_weight_3", "pix2pix", "vanilla", "full", "full_group_width_16", "full_bone_weight_3",
+    ),
     "gpu": ("unet", "pix2pix", "vanilla", "wrm", "wrm_smd", "full"),
-}
+}  # fmt: skip
 
 
 def main(on: str = "one_core") -> None:
