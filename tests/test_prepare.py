@@ -406,6 +406,21 @@ def test_the_couch_goes_and_lungs_and_arms_stay():
     assert (cleared[couch] == -1000).mean() > 0.8
 
 
+@pytest.mark.parametrize(("hu", "stays"), [(250, False), (40, True), (-90, True)])
+def test_a_solid_table_apart_from_the_body_goes_and_a_limb_of_its_size_stays(hu, stays):
+    ct = np.full((120, 90, 20), -1000, np.float32)
+    ct[20:100, 40:80], ct[30:90, 5:20] = 40, hu
+    found = ct_body(ct, np.array([3.0, 3, 3]))
+    assert found[25:95, 45:75].all()
+    assert found[35:85, 8:17].mean() == stays
+
+
+def test_a_body_of_bone_alone_is_a_body():
+    ct = np.full((60, 60, 20), -1000, np.float32)
+    ct[10:50, 10:50] = 700
+    assert ct_body(ct, np.array([3.0, 3, 3]))[15:45, 15:45].all()
+
+
 def test_a_ct_of_air_has_no_body():
     with pytest.raises(InputError, match="no body"):
         RemoveCouchd("label")({"label": MetaTensor(torch.full((1, 8, 8, 8), -1000.0))})
@@ -615,6 +630,51 @@ def test_pairs_come_out_on_one_grid_as_int16_with_datalist_and_report(inbox, tmp
     assert report.count("MR with the outlines of the CT") == 6 and "registration" in report  # caption and alt text
     assert report.count('data-name="CT prepared"') == 3  # what the viewer shows
     assert not [name for name in files_in(out) if Path(name).name.startswith(".")]
+
+
+def test_cts_alone_come_out_beside_pairs_for_training_on_simulated_mrs(inbox, tmp_path, person):
+    (inbox / "ben" / "mr.nii.gz").unlink()
+    out = tmp_path / "out"
+    prepare(str(inbox), str(out), test=0.5, unpaired=True, **QUICK)
+    assert {path.name for path in (out / "ben").iterdir()} == {
+        "label.nii.gz", "body.nii.gz", "overlay.png", "prepared.json"
+    }  # fmt: skip
+    pairs = load_pairs(out / "datalist.json", out, ["training", "test"], unpaired=True)
+    assert [p["patient"] for p in pairs["training"] if "image" not in p] == ["ben"]
+    assert [len(pairs[split]) for split in ("training", "test")] == [2, 1]  # a CT alone cannot be tested with
+    label, body = (read_volume(out / "ben" / f"{key}.nii.gz") for key in ("label", "body"))
+    oracle = ResampleToMatch(mode="bilinear", padding_mode="border", align_corners=True)(person[1], label)
+    inside = (np.asarray(body[0]) > 0) & (np.asarray(label[0]) > AIR)
+    assert inside.sum() > 0.8 * np.asarray(ResampleToMatch(mode="nearest")(person[2], label)[0]).sum()
+    assert np.isclose(np.asarray(label[0])[inside], np.asarray(oracle[0])[inside], atol=1).mean() > 0.97
+    assert (np.asarray(label[0])[~inside & (np.asarray(oracle[0]) > 0)] == AIR).all()  # the couch is gone
+    report = (out / "report.html").read_text()
+    assert "no MR: the CT alone" in report and report.count('data-name="CT prepared"') == 3
+    assert all(is_finished(p, out, Settings(unpaired=True, **QUICK)) for p in find_patients(inbox))
+    prepare(str(out), str(tmp_path / "again"), unpaired=True, **QUICK)  # a datalist may name CTs alone, too
+    again = load_pairs(tmp_path / "again" / "datalist.json", out, ["training"], unpaired=True)["training"]
+    assert sum("image" not in p for p in again) == 1
+
+
+@pytest.mark.parametrize("spoiled", ["damaged", "no match", "not allowed"])
+def test_an_mr_that_cannot_be_used_does_not_make_a_ct_alone(inbox, spoiled):
+    ben = inbox / "ben"
+    (ben / "mr.nii.gz").rename(ben / "t1.nii.gz")
+    if spoiled == "damaged":
+        (ben / "t1.nii.gz").write_bytes((ben / "t1.nii.gz").read_bytes()[:-100])
+    if spoiled == "not allowed":
+        (ben / "t1.nii.gz").unlink()
+    pattern = "t2*" if spoiled == "no match" else None
+    with pytest.raises(InputError, match="no MR"):
+        load_patient(patient(ben), mr=pattern, unpaired=spoiled != "not allowed")
+
+
+def test_the_volumes_of_an_earlier_run_do_not_stay(inbox, tmp_path):
+    out = tmp_path / "out"
+    prepare(str(inbox), str(out), **QUICK)
+    (inbox / "ben" / "mr.nii.gz").unlink()
+    prepare(str(inbox), str(out), unpaired=True, **QUICK)
+    assert not (out / "ben" / "image.nii.gz").exists()
 
 
 def test_the_prepared_volumes_lie_where_the_mr_was(inbox, tmp_path, person):

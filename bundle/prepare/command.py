@@ -20,10 +20,11 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, CropForegroundd, Orientationd, ResampleToMatch, Spacingd
 from tqdm import tqdm
 
-from bundle.prepare.cleaning import RemoveCouchd
+from bundle.montage import montage
+from bundle.prepare.cleaning import RemoveCouchd, ct_body
 from bundle.prepare.patients import SPLITS, Patient, find_patients, load_patient
 from bundle.prepare.registration import PARAMETERS, STAGES, crop_around, measure, measure_motion, register
-from bundle.prepare.report import BEFORE, overlay, page
+from bundle.prepare.report import BEFORE, PICTURE, most_bone, overlay, page
 from custom_modules.data.body import BodyMaskd, CropAboveShouldersd
 from custom_modules.data.mr import CorrectBiasFieldd, SubtractBackgroundd
 from custom_modules.data.transforms import StandardizeMRd
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 ENVELOPE = 8.0  # mm between the body and the faces of the box it is cropped to
 VOLUMES = ("image", "label", "body")
+VOLUMES_UNPAIRED = ("label", "body")
 FINISHED = "prepared.json"  # written last: a patient with it is finished
 
 
@@ -52,6 +54,7 @@ class Settings:
         parameters: folder of Elastix' parameter maps ``rigid.txt`` and ``bspline.txt``.
         bias_correction: of the MR, by N4.
         crop_above_shoulders: leave out head and neck, as the paper does.
+        unpaired: patients may have a CT alone.
     """
 
     mr: str | None = None
@@ -62,6 +65,7 @@ class Settings:
     parameters: str = str(PARAMETERS)
     bias_correction: bool = True
     crop_above_shoulders: bool = True
+    unpaired: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,8 +109,9 @@ def prepare(input: str, output: str, workers: int = 1, **settings: Any) -> None:
         workers: patients at a time, each in a process of its own.
         settings: --mr PATTERN, --ct PATTERN, --spacing 2, --hu_window "(-1000, 1600)", --registration
             bspline|rigid|none, --parameters DIR (Elastix' maps), --bias_correction True, --crop_above_shoulders
-            True; --test 0.2, --validation 0 and --seed 0 of the split; the limits --min_dice,
-            --min_mutual_information, --max_deformation, --max_folded and --min_covered.
+            True, --unpaired False (True: patients may have a CT alone, for training on simulated MRs); --test 0.2,
+            --validation 0 and --seed 0 of the split; the limits --min_dice, --min_mutual_information,
+            --max_deformation, --max_folded and --min_covered.
     """
     settings = parse_settings(settings, PREPARATION)
     split = {name: settings.pop(name, default) for name, default in (("test", 0.2), ("validation", 0.0), ("seed", 0))}
@@ -114,7 +119,7 @@ def prepare(input: str, output: str, workers: int = 1, **settings: Any) -> None:
     how = _settings(settings)
     _check_fractions(**split)
     root, out = Path(str(input)), Path(str(output))
-    patients = find_patients(root)
+    patients = find_patients(root, how.unpaired)
     folder = root if root.is_dir() else root.parent
     if out.resolve() == folder.resolve() or folder.resolve() in out.resolve().parents:
         raise InputError(f"{out}: lies in the input; give a folder outside of it")
@@ -158,9 +163,12 @@ def prepare_patient(patient: Patient, folder: Path, settings: Settings) -> dict[
     Raises:
         InputError: when its files cannot be used.
     """
-    volumes, notes = load_patient(patient, settings.mr, settings.ct)
+    volumes, notes = load_patient(patient, settings.mr, settings.ct, settings.unpaired)
     registered = "mask" in volumes
     source = {kind: volume.meta["filename_or_obj"] for kind, volume in volumes.items()}
+    if "mr" not in volumes:
+        write_ct(finish(clean_ct(volumes["ct"], settings, notes), settings), folder, patient.name)
+        return {"unpaired": True, "notes": notes, "source": source}
     data: dict[Hashable, MetaTensor] = {"image": volumes["mr"], "label": volumes["ct"]}
     data = clean(data, volumes.get("mask"), settings, notes)
     if registered:
@@ -199,12 +207,35 @@ def clean(
         data = BodyMaskd("image", margin=0.0)(data)
     else:
         data["body"] = ResampleToMatch(mode="nearest", padding_mode="zeros")((mask > 0).float(), data["image"])
-    if settings.crop_above_shoulders:
-        height = data["image"].shape[-1]
-        data = CropAboveShouldersd(["image", "body"])(data)
-        cut = (height - data["image"].shape[-1]) * settings.spacing
-        notes.append(f"{cut:g} mm above the shoulders are cut off" if cut else "no shoulders found, nothing is cut off")
+    data = crop_above_shoulders(data, "image", settings, notes)
     data["label"] = crop_around(data["label"], data["image"])
+    return data
+
+
+def clean_ct(ct: MetaTensor, settings: Settings, notes: list[str]) -> dict[Hashable, MetaTensor]:
+    """A CT without an MR, without couch and on the output's grid, with its ``body``."""
+    steps = [
+        Orientationd("label", axcodes="RAS", labels=None),
+        RemoveCouchd("label"),
+        Spacingd("label", pixdim=[settings.spacing] * 3, mode="bilinear", padding_mode="border"),
+    ]
+    label = Compose(steps)({"label": ct})["label"]
+    body = ct_body(np.asarray(label[0]), np.asarray(label.pixdim))
+    data: dict[Hashable, MetaTensor] = {"label": label}
+    data["body"] = MetaTensor(torch.from_numpy(body)[None].float(), affine=label.affine)
+    return crop_above_shoulders(data, "label", settings, notes)
+
+
+def crop_above_shoulders(
+    data: dict[Hashable, MetaTensor], key: str, settings: Settings, notes: list[str]
+) -> dict[Hashable, MetaTensor]:
+    """Cut ``key`` and ``body`` above the shoulders, if the settings say so, with a note of how much."""
+    if not settings.crop_above_shoulders:
+        return data
+    height = data[key].shape[-1]
+    data = CropAboveShouldersd([key, "body"])(data)
+    cut = (height - data[key].shape[-1]) * settings.spacing
+    notes.append(f"{cut:g} mm above the shoulders are cut off" if cut else "no shoulders found, nothing is cut off")
     return data
 
 
@@ -215,18 +246,15 @@ def choose(measures: Mapping[str, Mapping[str, float]]) -> str:
 
 def finish(data: dict[Hashable, MetaTensor], settings: Settings) -> dict[Hashable, MetaTensor]:
     """Cut to the rectangular envelope of the body, bring the MR to the training set's scale, clip the CT."""
-    keys = ["image", "label", "before", "body"]
     margin = round(ENVELOPE / settings.spacing)
-    data = CropForegroundd(keys, source_key="body", margin=margin, allow_smaller=True)(data)
-    data = StandardizeMRd("image")(data)
+    data = CropForegroundd(list(data), source_key="body", margin=margin, allow_smaller=True)(data)
+    if "image" in data:
+        data = StandardizeMRd("image")(data)
+        data["image"] = data["image"].clamp(0, torch.iinfo(torch.int16).max).round().to(torch.int16)
     low, high = settings.hu_window
-    return {
-        **data,
-        "image": data["image"].clamp(0, torch.iinfo(torch.int16).max).round().to(torch.int16),
-        "label": data["label"].clamp(low, high).round().to(torch.int16),
-        BEFORE: data[BEFORE].clamp(low, high).round().to(torch.int16),
-        "body": (data["body"] > 0.5).to(torch.uint8),
-    }
+    for key in {"label", BEFORE} & set(data):
+        data[key] = data[key].clamp(low, high).round().to(torch.int16)
+    return {**data, "body": (data["body"] > 0.5).to(torch.uint8)}
 
 
 def write_pair(data: Mapping[Hashable, MetaTensor], folder: Path, title: str) -> None:
@@ -235,8 +263,17 @@ def write_pair(data: Mapping[Hashable, MetaTensor], folder: Path, title: str) ->
     for key in (*VOLUMES, *([BEFORE] if moved else [])):
         write_volume(data[key], folder / f"{key}.nii.gz")
     columns = {"as scanned": np.asarray(data[BEFORE][0]), "prepared": np.asarray(data["label"][0])}
-    with atomic_write(folder / "overlay.png") as temporary:
+    with atomic_write(folder / PICTURE) as temporary:
         overlay(np.asarray(data["image"][0]), columns, np.asarray(data["image"].affine), temporary, title)
+
+
+def write_ct(data: Mapping[Hashable, MetaTensor], folder: Path, title: str) -> None:
+    """Write a CT without an MR, its body and its picture, each whole or not at all."""
+    for key in VOLUMES_UNPAIRED:
+        write_volume(data[key], folder / f"{key}.nii.gz")
+    ct = np.asarray(data["label"][0])
+    with atomic_write(folder / PICTURE) as temporary:
+        montage({"CT prepared": (ct, "HU")}, np.asarray(data["label"].affine), temporary, title, most_bone(ct))
 
 
 # all patients
@@ -294,7 +331,8 @@ def _work(patient: Patient, out: Path, settings: Settings, send: Any) -> None:
     name = str(patient.given.get("mr", patient.folder))
     try:
         folder = inside(out, patient.name)
-        (folder / FINISHED).unlink(missing_ok=True)
+        for file in (FINISHED, *(f"{key}.nii.gz" for key in (*VOLUMES, BEFORE))):  # of an earlier run
+            (folder / file).unlink(missing_ok=True)
         result = prepare_patient(patient, folder, settings)
         result["seconds"] = time.perf_counter() - started
         result["memory"] = peak_memory_gib("cpu")
@@ -317,7 +355,8 @@ def fingerprint(patient: Patient, settings: Settings) -> str:
 def is_finished(patient: Patient, out: Path, settings: Settings) -> bool:
     """Whether the patient was prepared from these very files with these settings, and is still all there."""
     result = _result(out / patient.name)
-    there = all((out / patient.name / f"{key}.nii.gz").is_file() for key in VOLUMES)
+    volumes = VOLUMES_UNPAIRED if result.get("unpaired") else VOLUMES
+    there = all((out / patient.name / f"{key}.nii.gz").is_file() for key in volumes)
     return bool(result) and there and result["fingerprint"] == fingerprint(patient, settings)
 
 
@@ -337,8 +376,10 @@ def summarise(
             row["state"] = f"failed: {failures[patient.name]}"
         else:
             row.update(_result(out / patient.name))
-            short = limits.shortfalls(row)
+            short = [] if row.get("unpaired") else limits.shortfalls(row)
             row.update(used=not short, state=f"left out: {'; '.join(short)}")
+            if row.get("unpaired"):
+                row["split"] = row["split"] or "training"
         rows.append(row)
     used = [row for row in rows if row["used"]]
     splits = split_patients([row["patient"] for row in used if not row["split"]], **split)
@@ -365,6 +406,12 @@ def write_datalist(rows: Sequence[Mapping[str, Any]], path: Path, seed: int) -> 
         "seed": seed,
     }
     for kind in SPLITS:
-        names = [row["patient"] for row in rows if row["split"] == kind]
-        content[kind] = [{"image": f"{n}/image.nii.gz", "label": f"{n}/label.nii.gz", "patient": n} for n in names]
+        content[kind] = [_entry(row) for row in rows if row["split"] == kind]
     write_json(content, path)
+
+
+def _entry(row: Mapping[str, Any]) -> dict[str, str]:
+    """The datalist's entry of a patient; a CT without an MR has no ``image``."""
+    name = row["patient"]
+    image = {} if row.get("unpaired") else {"image": f"{name}/image.nii.gz"}
+    return {**image, "label": f"{name}/label.nii.gz", "patient": name}

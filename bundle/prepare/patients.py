@@ -87,9 +87,12 @@ class Source:
 # the patients of an input
 
 
-def find_patients(path: str | Path) -> list[Patient]:
+def find_patients(path: str | Path, unpaired: bool = False) -> list[Patient]:
     """Find the patients of a MONAI datalist (a file, or ``datalist.json`` in a folder), of SynthRAD's folders
     (``Task1/<region>/<patient>/{mr,ct,mask}.mha`` or ``.nii.gz``), or of a folder of patient folders.
+
+    Args:
+        unpaired: entries of a datalist may have a CT alone.
 
     Raises:
         InputError: when there are none.
@@ -99,7 +102,7 @@ def find_patients(path: str | Path) -> list[Patient]:
         raise InputError(f"{path}: no such file or folder")
     datalist = root if root.is_file() else root / "datalist.json"
     if datalist.is_file():
-        return _datalist_patients(datalist)
+        return _datalist_patients(datalist, unpaired)
     parents = {mask.parent.parent for name in MASKS for mask in root.rglob(name) if mask.parent != root} or {root}
     folders = sorted(folder for parent in parents for folder in parent.iterdir() if _is_patient(folder))
     if not folders:
@@ -116,17 +119,18 @@ def _is_patient(folder: Path) -> bool:
     return not hidden and (folder.is_dir() or (folder.is_symlink() and not folder.exists()))
 
 
-def _datalist_patients(datalist: Path) -> list[Patient]:
+def _datalist_patients(datalist: Path, unpaired: bool) -> list[Patient]:
     try:
         content = json.loads(datalist.read_text())
         splits = [split for split, entries in content.items() if isinstance(entries, list) and entries]
     except (ValueError, AttributeError, UnicodeDecodeError) as error:
         raise InputError(f"{datalist}: is not a MONAI datalist ({error})") from error
-    found = load_pairs(datalist, datalist.parent, splits) if splits else {}
+    found = load_pairs(datalist, datalist.parent, splits, unpaired) if splits else {}
     patients: dict[str, Patient] = {}
     for split, pairs in found.items():
         for pair in pairs:
-            name, given = pair["patient"], {"mr": pair["image"], "ct": pair["label"]}
+            name = pair["patient"]
+            given = {kind: pair[key] for kind, key in (("mr", "image"), ("ct", "label")) if key in pair}
             if name in patients:
                 raise InputError(f"{datalist}: lists patient {name} more than once")
             inside(datalist.parent, name)
@@ -140,7 +144,7 @@ def _datalist_patients(datalist: Path) -> list[Patient]:
 
 
 def load_patient(
-    patient: Patient, mr: str | None = None, ct: str | None = None
+    patient: Patient, mr: str | None = None, ct: str | None = None, unpaired: bool = False
 ) -> tuple[dict[str, MetaTensor], list[str]]:
     """Read a patient's volumes.
 
@@ -148,10 +152,11 @@ def load_patient(
         mr, ct: shell patterns of file names, of folders below the patient's, or of series descriptions. Without them
             the modality is that in the DICOM header, for files ``mr.*`` and ``ct.*`` that of their name, and for others
             it is guessed from their intensities.
+        unpaired: the patient may have a CT alone.
 
     Returns:
-        ``mr``, ``ct`` and, for a pair that is registered already, ``mask``, each (1, D, H, W); and notes on the choice
-        of volumes.
+        ``mr`` if there is one, ``ct`` and, for a pair that is registered already, ``mask``, each (1, D, H, W); and
+        notes on the choice of volumes.
 
     Raises:
         InputError: with the patient's folder or file and what is wrong with it.
@@ -161,13 +166,15 @@ def load_patient(
         notes = []
     else:
         sources = find_sources(patient)
-        volumes, notes = _choose(patient, sources, {"mr": mr, "ct": ct})
+        volumes, notes = _choose(patient, sources, {"mr": mr, "ct": ct}, unpaired)
         mask = next((s for s in sources if s.name in MASKS), None)
         if mask and _is_synthrad(Path(mask.path), volumes):
             outline = read_volume(mask.path)
             if all(same_grid(outline, volume) for volume in volumes.values()):
                 volumes["mask"] = outline
-    for kind in ("mr", "ct"):
+    if "mr" not in volumes:
+        notes.append("no MR: the CT alone, for training on simulated MRs")
+    for kind in {"mr", "ct"} & set(volumes):
         check_modality(volumes[kind], kind)
         _check_straight(volumes[kind])
     return volumes, notes
@@ -218,7 +225,7 @@ def _files(patient: Patient) -> Iterator[Path]:
 
 
 def _choose(
-    patient: Patient, sources: Iterable[Source], patterns: dict[str, str | None]
+    patient: Patient, sources: Iterable[Source], patterns: dict[str, str | None], unpaired: bool
 ) -> tuple[dict[str, MetaTensor], list[str]]:
     """Read the largest MR and the largest CT, with a note on each choice that had to be made."""
     chosen: dict[str, list[Source]] = {"mr": [], "ct": []}
@@ -241,6 +248,8 @@ def _choose(
         (chosen[kind] if kind else others).append(source)
     volumes = {}
     for kind, candidates in chosen.items():
+        if not candidates and kind == "mr" and unpaired and not any(_may_be_mr(s, cache) for s in others):
+            continue
         if not candidates:
             found = ", ".join(s.title for s in [*others, *chosen["mr"], *chosen["ct"]]) or "nothing that can be read"
             raise InputError("; ".join([f"{patient.folder}: no {kind.upper()}; found {found}", *notes]))
@@ -250,6 +259,13 @@ def _choose(
             notes.append(f"{kind.upper()}: {best.title} is the largest; left out: {rest}")
         volumes[kind] = cache[best.path] if best.path in cache else read_volume(best.path)
     return volumes, notes
+
+
+def _may_be_mr(source: Source, cache: dict[str, MetaTensor]) -> bool:
+    """Whether a source that is neither the MR nor the CT is an MR by its header or its values, or cannot be read."""
+    if source.modality or source.name in MASKS:
+        return source.modality == "MR"
+    return source.path not in cache or guess_modality(cache[source.path]) == "mr"
 
 
 def _kind(source: Source, folder: Path, patterns: dict[str, str | None]) -> str | None:

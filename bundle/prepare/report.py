@@ -22,6 +22,7 @@ from custom_modules.data.hu import BONE_HU, TISSUE_HU  # noqa: E402
 from custom_modules.data.volumes import read_volume  # noqa: E402
 
 BEFORE = "before"  # file of the CT as scanned, on the grid of the MR, where registration has moved it
+PICTURE = "overlay.png"  # file of the picture of a patient
 SHOWN = {"MR": ("image", "MR"), "CT as scanned": (BEFORE, "HU"), "CT prepared": ("label", "HU")}  # in the viewer
 CONTOURS = {TISSUE_HU: "deepskyblue", BONE_HU: "gold"}  # by HU
 NAMES = {TISSUE_HU: "skin", BONE_HU: "bone"}
@@ -104,7 +105,7 @@ def page(rows: Sequence[Mapping[str, Any]], limits: str, out: Path) -> str:
         limits: limits of the measures, as text.
         out: folder of the prepared patients.
     """
-    number = sum("dice" in row for row in rows)
+    number = sum("source" in row for row in rows)
     head = ["patient", *(title for title, _ in COLUMNS.values())]
     patients = [_patient(row, out / row["patient"], LIMIT_MB / max(number, 1)) for row in rows]
     return render(
@@ -128,14 +129,15 @@ def _patient(row: Mapping[str, Any], folder: Path, viewer_mb: float) -> dict[str
     shown: list[Layer] = []
     note = "" if packed_script() else MISSING
     files = {name: (folder / f"{file}.nii.gz", kind) for name, (file, kind) in SHOWN.items()}
-    if "dice" in row and not note:
+    if "source" in row and not note:
         volumes = {name: (read_volume(path), kind) for name, (path, kind) in files.items() if path.is_file()}
-        affine = np.asarray(volumes["MR"][0].affine)
+        affine = np.asarray(volumes["CT prepared"][0].affine)
         shown, note = layers({n: (np.asarray(v[0]), kind) for n, (v, kind) in volumes.items()}, affine, viewer_mb)
-    picture = folder / "overlay.png"
+    picture = folder / PICTURE
     caption = "MR with the outlines of the CT as scanned and prepared (skin blue, bone yellow), and the prepared CT."
+    caption = "The prepared CT, which has no MR." if row.get("unpaired") else caption
     return {
         "id": anchor(row["patient"]), "name": row["patient"], "state": row["state"], "notes": row["notes"],
-        "used": row["used"], "layers": shown, "note": note if "dice" in row else "",
-        "figure": figure(picture.read_bytes(), caption) if "dice" in row and picture.is_file() else None,
+        "used": row["used"], "layers": shown, "note": note if "source" in row else "",
+        "figure": figure(picture.read_bytes(), caption) if "source" in row and picture.is_file() else None,
     }  # fmt: skip
