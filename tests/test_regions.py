@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+from monai.data import MetaTensor
 
-from custom_modules.data.regions import FIRST_REGION, MARROW, SURFACE, tissue_regions
+from custom_modules.data.regions import FIRST_REGION, MARROW, SURFACE, CTBodyd, tissue_regions
 
 SPACING = (2.0, 2.0, 2.0)
 MUSCLE, BONE = 50.0, 1300.0
@@ -40,3 +42,12 @@ def test_kidneys_full_of_contrast_medium_are_no_bone():
     body = np.ones(ball.shape, bool)
     assert not np.isin(tissue_regions(kidney, body, SPACING), (MARROW, SURFACE)).any()
     assert (tissue_regions(bone, body, SPACING)[ball < 9] == MARROW).all()
+
+
+def test_a_table_apart_from_the_body_is_air_in_training_and_an_arm_is_not():
+    ct = np.full((80, 60, 12), -1000, np.float32)
+    ct[10:60, 20:50], ct[64:76, 25:45], ct[10:60, 4:14] = 40, 30, 250
+    volume = MetaTensor(torch.from_numpy(ct)[None], affine=torch.diag(torch.tensor([2.0, 2, 2, 1])))
+    cleared = np.asarray(CTBodyd("label")({"label": volume})["label"][0])
+    assert (cleared[10:60, 4:14] == -1000).all()
+    assert (cleared[10:60, 20:50] == 40).all() and (cleared[64:76, 25:45] == 30).all()

@@ -10,13 +10,12 @@ import torch
 from monai.transforms import MapTransform
 from scipy import ndimage
 
-from custom_modules.data.body import fill_cavities, keep_parts
+from custom_modules.data.body import fill_cavities, keep_parts, without_table
 from custom_modules.data.hu import AIR_HU, TISSUE_HU
 from custom_modules.errors import InputError
 
 COARSE = 2.0  # mm, the grid on which the body is told from the couch
 PLATE = 4.0  # mm, half of what a couch's plates and a mattress' cover are thinner than, and no limb is
-TABLE = 150.0  # HU; the median of a solid part of a couch is above, that of an arm or a leg below
 SKIN = 3.0  # mm kept around the body: its skin is half air, and the ball rounds its corners
 
 
@@ -29,18 +28,7 @@ def ct_body(ct: np.ndarray, spacing: np.ndarray) -> np.ndarray:
     """
     tissue = ct > TISSUE_HU
     core = _within(~_within(~tissue, PLATE, spacing), PLATE, spacing) & tissue
-    return fill_cavities(_without_table(keep_parts(core), ct), upright=True)
-
-
-def _without_table(mask: np.ndarray, ct: np.ndarray) -> np.ndarray:
-    """``mask`` without the parts beside the largest whose median HU is that of neither fat nor muscle."""
-    labels, number = ndimage.label(mask)
-    if number < 2:
-        return mask
-    medians = ndimage.median(ct, labels, range(1, number + 1))
-    largest = np.bincount(labels.ravel())[1:].argmax()
-    tissue = (medians <= TABLE) | (np.arange(number) == largest)
-    return np.append(False, tissue)[labels]
+    return fill_cavities(without_table(keep_parts(core), ct), upright=True)
 
 
 def _within(mask: np.ndarray, radius: float, spacing: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from custom_modules.errors import InputError
 logger = logging.getLogger(__name__)
 
 PART = 0.02  # of the largest part's volume: a second leg and an arm belong to the body, crumbs of noise or couch do not
+TABLE = 150.0  # HU; the median of a solid part of a couch is above, that of an arm or a leg below
 THRESHOLDS = (0.04, 0.1)  # of the 99th percentile, between which the one of air is looked for
 LEAST_SIGNAL = 1e-3  # of the 99th percentile; below is what was cleared or padded
 EDGE = 6  # voxels next to the faces of a volume that may be dark: the ends of a slab's profile, filtered corners
@@ -35,6 +36,17 @@ def keep_parts(mask: np.ndarray, share: float = PART) -> np.ndarray:
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     return (sizes >= share * sizes.max())[labels]
+
+
+def without_table(mask: np.ndarray, ct: np.ndarray) -> np.ndarray:
+    """A (D, H, W) mask without solid parts of a couch: those beside the largest whose median HU is above that of fat
+    and muscle."""
+    labels, number = ndimage.label(mask)
+    if number < 2:
+        return mask
+    dense = ndimage.median(ct, labels, range(1, number + 1)) > TABLE
+    dense[np.bincount(labels.ravel())[1:].argmax()] = False
+    return mask & ~np.append(False, dense)[labels]
 
 
 def open_mask(mask: np.ndarray) -> np.ndarray:
@@ -194,7 +206,7 @@ def ct_tissue_mask(ct: np.ndarray) -> np.ndarray:
 
 def ct_parts(ct: np.ndarray) -> np.ndarray:
     """The tissue of a body in a CT, cavities left out: above -300 HU, opened, without small parts and couch."""
-    return keep_parts(open_mask(ct > TISSUE_HU))
+    return without_table(keep_parts(open_mask(ct > TISSUE_HU)), ct)
 
 
 class ScoreMaskd(MapTransform):
