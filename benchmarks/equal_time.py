@@ -5,7 +5,7 @@
 
 Draws docs/figures/equal_time.png or equal_time_gpu.png from the records of ``wldm compare`` in docs/results/one_core or
 gpu, and prints the means over the test patients with the two-sided p of Wilcoxon's paired test against the U-Net and
-against Vanilla.
+against Vanilla, with and without bone that counts three times.
 """
 
 from __future__ import annotations
@@ -35,13 +35,15 @@ TITLES = {name: system.title for name, system in SYSTEMS.items()} | {
     "full_bone_weight_3": "3D-WLDM, bone counts three times",
     "full_last_timestep_share_0.75": "3D-WLDM, bone counts three times, three of four crops at the last timestep",
     "unet_bone_weight_3": "3D U-Net, bone counts three times",
+    "vanilla_bone_weight_3": "Vanilla, bone counts three times",
     "wrm_smd_group_width_16": "w/ WRM+SMD, groups of 16 channels",
     "full_train_encoder": "3D-WLDM, groups of 16 channels, encoder trained in stage 2, too",
 }  # fmt: skip
-REFERENCES = ("unet", "vanilla")
+REFERENCES = ("unet", "vanilla", "unet_bone_weight_3", "vanilla_bone_weight_3")
 DRAWN = {
     "one_core": (
         "unet", "unet_bone_weight_3", "pix2pix", "vanilla", "full", "full_group_width_16", "full_bone_weight_3",
+        "vanilla_bone_weight_3",
     ),
     "gpu": ("unet", "pix2pix", "vanilla", "wrm", "wrm_smd", "full"),
 }  # fmt: skip
@@ -61,7 +63,7 @@ def main(on: str = "one_core") -> None:
             beside = [
                 f"p {wilcoxon(own, [row[score] for row in records[other]['rows']]).pvalue:.3f} against {TITLES[other]}"
                 for other in REFERENCES
-                if other != name
+                if other != name and other in records
             ]
             print(f"  {score:<26}{np.mean(own):9.3f}  {', '.join(beside)}")
 
