@@ -27,7 +27,7 @@ from test_volumes import GAP, NORMAL, ORIGIN, dicom_slice, save_series
 
 from bundle.phantom.command import whole_body_phantom
 from bundle.prepare import command as prepare_module
-from bundle.prepare.cleaning import RemoveCouchd, ct_body
+from bundle.prepare.cleaning import NATIVE, RemoveCouchd, ct_body, remove_contrast
 from bundle.prepare.command import Limits, Settings, choose, is_finished, prepare, split_patients
 from bundle.prepare.patients import Patient, check_modality, find_patients, find_sources, load_patient
 from bundle.prepare.registration import (
@@ -421,6 +421,26 @@ def test_a_body_of_bone_alone_is_a_body():
     assert ct_body(ct, np.array([3.0, 3, 3]))[15:45, 15:45].all()
 
 
+def test_contrast_medium_goes_and_noise_bone_fat_and_air_stay():
+    rng = np.random.default_rng(0)
+    ct = np.full((70, 60, 30), -1000, np.float32)
+    body = np.zeros(ct.shape, bool)
+    body[5:65, 5:55] = True
+    ct[body] = -100
+    ct[10:60, 10:50], ct[12:30, 12:30], ct[12:30, 34:48] = 45, 110, 180  # muscle, liver, kidney
+    ct[40:56, 20:40], ct[43:53, 23:37] = 900, 200  # a bone with its marrow
+    ct[50:58, 44:48] = -1000  # gas
+    noisy = ct + np.where(body, rng.normal(0, 8, ct.shape), 0).astype(np.float32)
+    native = remove_contrast(noisy, body, np.array([2.0, 2, 2]))
+    for organ in (np.s_[15:27, 15:27, 5:25], np.s_[15:27, 37:45, 5:25]):
+        assert np.median(native[organ]) == pytest.approx(NATIVE, abs=3)
+        assert native[organ].std() == pytest.approx(8, rel=0.2)
+    assert np.median(native[32:38, 13:17, 5:25]) == pytest.approx(45, abs=4)  # muscle far from all of it
+    kept = (ct == -1000) | (ct == -100) | (ct >= 900)
+    kept[43:53, 23:37] = True
+    np.testing.assert_array_equal(native[kept], noisy[kept])
+
+
 def test_a_ct_of_air_has_no_body():
     with pytest.raises(InputError, match="no body"):
         RemoveCouchd("label")({"label": MetaTensor(torch.full((1, 8, 8, 8), -1000.0))})
@@ -651,7 +671,8 @@ def test_cts_alone_come_out_beside_pairs_for_training_on_simulated_mrs(inbox, tm
     report = (out / "report.html").read_text()
     assert "no MR: the CT alone" in report and report.count('data-name="CT prepared"') == 3
     assert all(is_finished(p, out, Settings(unpaired=True, **QUICK)) for p in find_patients(inbox))
-    prepare(str(out), str(tmp_path / "again"), unpaired=True, **QUICK)  # a datalist may name CTs alone, too
+    prepare(str(out), str(tmp_path / "again"), unpaired=True, remove_contrast=True, **QUICK)  # a datalist does, too
+    assert "contrast medium" in (tmp_path / "again" / "ben" / "prepared.json").read_text()
     again = load_pairs(tmp_path / "again" / "datalist.json", out, ["training"], unpaired=True)["training"]
     assert sum("image" not in p for p in again) == 1
 

@@ -21,7 +21,7 @@ from monai.transforms import Compose, CropForegroundd, Orientationd, ResampleToM
 from tqdm import tqdm
 
 from bundle.montage import montage
-from bundle.prepare.cleaning import RemoveCouchd, ct_body
+from bundle.prepare.cleaning import RemoveContrastd, RemoveCouchd, ct_body
 from bundle.prepare.patients import SPLITS, Patient, find_patients, load_patient
 from bundle.prepare.registration import PARAMETERS, STAGES, crop_around, measure, measure_motion, register
 from bundle.prepare.report import BEFORE, PICTURE, most_bone, overlay, page
@@ -55,6 +55,7 @@ class Settings:
         bias_correction: of the MR, by N4.
         crop_above_shoulders: leave out head and neck, as the paper does.
         unpaired: patients may have a CT alone.
+        remove_contrast: take contrast medium out of CTs alone.
     """
 
     mr: str | None = None
@@ -66,6 +67,7 @@ class Settings:
     bias_correction: bool = True
     crop_above_shoulders: bool = True
     unpaired: bool = False
+    remove_contrast: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,9 @@ def prepare(input: str, output: str, workers: int = 1, **settings: Any) -> None:
         workers: patients at a time, each in a process of its own.
         settings: --mr PATTERN, --ct PATTERN, --spacing 2, --hu_window "(-1000, 1600)", --registration
             bspline|rigid|none, --parameters DIR (Elastix' maps), --bias_correction True, --crop_above_shoulders
-            True, --unpaired False (True: patients may have a CT alone, for training on simulated MRs); --test 0.2,
-            --validation 0 and --seed 0 of the split; the limits --min_dice, --min_mutual_information,
-            --max_deformation, --max_folded and --min_covered.
+            True, --unpaired False (True: patients may have a CT alone, for training on simulated MRs),
+            --remove_contrast False (of CTs alone); --test 0.2, --validation 0 and --seed 0 of the split; the limits
+            --min_dice, --min_mutual_information, --max_deformation, --max_folded and --min_covered.
     """
     settings = parse_settings(settings, PREPARATION)
     split = {name: settings.pop(name, default) for name, default in (("test", 0.2), ("validation", 0.0), ("seed", 0))}
@@ -223,6 +225,9 @@ def clean_ct(ct: MetaTensor, settings: Settings, notes: list[str]) -> dict[Hasha
     body = ct_body(np.asarray(label[0]), np.asarray(label.pixdim))
     data: dict[Hashable, MetaTensor] = {"label": label}
     data["body"] = MetaTensor(torch.from_numpy(body)[None].float(), affine=label.affine)
+    if settings.remove_contrast:
+        data = RemoveContrastd("label")(data)
+        notes.append("contrast medium taken out of soft tissue")
     return crop_above_shoulders(data, "label", settings, notes)
 
 
