@@ -834,6 +834,7 @@ def test_the_split_is_seeded_exact_and_stable():
         ({"typo": 1}, "typo"),
         ({"test": 0.8, "validation": 0.4}, "test"),
         ({"parameters": "nowhere"}, "nowhere"),
+        ({"remove_contrast": True}, "--unpaired true"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused_before_any_work(inbox, tmp_path, settings, reason):

@@ -142,6 +142,8 @@ def prepare(input: str, output: str, workers: int = 1, **settings: Any) -> None:
 def _settings(values: Mapping[str, Any]) -> Settings:
     converted: dict[str, Any] = {k: tuple(v) if k == "hu_window" else v for k, v in values.items()}
     settings = Settings(**converted)
+    if settings.remove_contrast and not settings.unpaired:
+        raise InputError("--remove_contrast true is for CTs alone: give --unpaired true, too")
     for stage in STAGES[1 : STAGES.index(settings.registration) + 1]:
         if not Path(settings.parameters, f"{stage}.txt").is_file():
             raise InputError(f"--parameters {settings.parameters}: holds no {stage}.txt")

@@ -174,9 +174,10 @@ def load_patient(
                 volumes["mask"] = outline
     if "mr" not in volumes:
         notes.append("no MR: the CT alone, for training on simulated MRs")
-    for kind in {"mr", "ct"} & set(volumes):
-        check_modality(volumes[kind], kind)
-        _check_straight(volumes[kind])
+    for kind in ("mr", "ct"):
+        if kind in volumes:
+            check_modality(volumes[kind], kind)
+            _check_straight(volumes[kind])
     return volumes, notes
 
 
