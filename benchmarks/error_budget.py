@@ -21,9 +21,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from custom_modules.data.body import ct_body_mask
-from custom_modules.data.hu import tissue
-
-FAT_HU = -30.0  # fat is below
+from custom_modules.data.hu import LEAN_HU, tissue
 
 
 def budget(mr: np.ndarray, ct: np.ndarray, sct: np.ndarray) -> dict[str, int]:
@@ -31,7 +29,7 @@ def budget(mr: np.ndarray, ct: np.ndarray, sct: np.ndarray) -> dict[str, int]:
     body, error, smooth = ct_body_mask(ct, mr), np.abs(sct - ct), ndimage.median_filter(ct, 3)
     soft = tissue(ct, "soft")
     parts = {
-        "air and lung": tissue(ct, "air"), "fat": soft & (ct <= FAT_HU), "soft tissue": soft & (ct > FAT_HU),
+        "air and lung": tissue(ct, "air"), "fat": soft & (ct <= LEAN_HU), "soft tissue": soft & (ct > LEAN_HU),
         "bone": tissue(ct, "bone"),
     }  # fmt: skip
     found = {

@@ -28,7 +28,8 @@ from test_volumes import GAP, NORMAL, ORIGIN, dicom_slice, save_series
 from bundle.phantom.command import whole_body_phantom
 from bundle.prepare import command as prepare_module
 from bundle.prepare.cleaning import NATIVE, RemoveCouchd, ct_body, remove_contrast
-from bundle.prepare.command import Limits, Settings, choose, is_finished, prepare, split_patients
+from bundle.prepare.command import Settings, choose, is_finished, prepare
+from bundle.prepare.datalist import Limits, split_patients
 from bundle.prepare.patients import Patient, check_modality, find_patients, find_sources, load_patient
 from bundle.prepare.registration import (
     PARAMETERS,

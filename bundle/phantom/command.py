@@ -136,7 +136,8 @@ def phantom(
         spacing: in mm.
         test, validation: fractions of the patients.
     """
-    from bundle.prepare.command import Settings, finish, split_patients, write_datalist, write_pair
+    from bundle.prepare.command import Settings, finish, write_pair
+    from bundle.prepare.datalist import split_patients, write_datalist
 
     if int(patients) < 1:
         raise InputError(f"--patients {patients}: give at least one")

@@ -7,19 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from scipy import ndimage
 
 from custom_modules.data.body import fill_cavities, keep_parts, without_table
-from custom_modules.data.hu import AIR_HU, TISSUE_HU
-from custom_modules.data.regions import FIRST_REGION, tissue_regions
+from custom_modules.data.hu import AIR_HU, LEAN_HU, TISSUE_HU
+from custom_modules.data.regions import SMOOTH, bone_mask
 from custom_modules.errors import InputError
 
 COARSE = 2.0  # mm, the grid on which the body is told from the couch
 PLATE = 4.0  # mm, half of what a couch's plates and a mattress' cover are thinner than, and no limb is
 NATIVE = 55.0  # HU; muscle and organs without contrast medium are seldom denser
-FAT = -30.0  # HU; soft tissue is above
 BLUR = 2.0  # mm, standard deviation: the noise of the CT is finer
 SKIN = 3.0  # mm kept around the body: its skin is half air, and the ball rounds its corners
 
@@ -67,24 +65,13 @@ class RemoveCouchd(MapTransform):
 def remove_contrast(ct: np.ndarray, body: np.ndarray, spacing: np.ndarray) -> np.ndarray:
     """A CT as it would be without contrast medium, nearly: (D, H, W) HU with the mask of its body.
 
-    Soft tissue, as :func:`~custom_modules.data.regions.tissue_regions` tells it from bone, is lowered by what it has
-    above 55 HU on average around a voxel, so that the noise stays. Bone, fat and air are as before. Organs that differ
-    by their contrast medium alone become equal.
+    Soft tissue, what is no bone by :func:`~custom_modules.data.regions.bone_mask`, is lowered by what it has above 55
+    HU on average around a voxel, so that the noise stays. Bone, fat and air are as before. Organs that differ by their
+    contrast medium alone become equal.
     """
-    soft = (tissue_regions(ct, body, tuple(spacing)) >= FIRST_REGION) & (ct > FAT)
+    bone = bone_mask(ct, ndimage.gaussian_filter(ct, SMOOTH), body, tuple(spacing))
+    soft = body & ~bone & (ct > LEAN_HU)
     sigma = BLUR / np.asarray(spacing)
     share = ndimage.gaussian_filter(soft.astype(np.float32), sigma)
     excess = ndimage.gaussian_filter(np.where(soft, np.maximum(ct - NATIVE, 0), 0), sigma) / np.maximum(share, 0.05)
     return np.where(soft, ct - excess, ct)
-
-
-class RemoveContrastd(MapTransform):
-    """:func:`remove_contrast` of ``keys`` (CT in HU, RAS order), with ``body``."""
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        data = dict(data)
-        body = np.asarray(data["body"][0]) > 0
-        for key in self.key_iterator(data):
-            native = remove_contrast(np.asarray(data[key][0]), body, np.asarray(data[key].pixdim))
-            data[key] = MetaTensor(torch.from_numpy(native)[None], affine=data[key].affine, meta=data[key].meta)
-        return data

@@ -21,8 +21,9 @@ from monai.transforms import Compose, CropForegroundd, Orientationd, ResampleToM
 from tqdm import tqdm
 
 from bundle.montage import montage
-from bundle.prepare.cleaning import RemoveContrastd, RemoveCouchd, ct_body
-from bundle.prepare.patients import SPLITS, Patient, find_patients, load_patient
+from bundle.prepare.cleaning import RemoveCouchd, ct_body, remove_contrast
+from bundle.prepare.datalist import FINISHED, Limits, read_result, summarise
+from bundle.prepare.patients import Patient, find_patients, load_patient
 from bundle.prepare.registration import PARAMETERS, STAGES, crop_around, measure, measure_motion, register
 from bundle.prepare.report import BEFORE, PICTURE, most_bone, overlay, page
 from custom_modules.data.body import BodyMaskd, CropAboveShouldersd
@@ -30,7 +31,7 @@ from custom_modules.data.mr import CorrectBiasFieldd, SubtractBackgroundd
 from custom_modules.data.transforms import StandardizeMRd
 from custom_modules.data.volumes import write_volume
 from custom_modules.errors import InputError, one_line, stop
-from custom_modules.files import atomic_write, inside, writable_or_stop, write_json, write_text
+from custom_modules.files import atomic_write, inside, writable_or_stop, write_text
 from custom_modules.memory import peak_memory_gib
 from custom_modules.settings import PREPARATION, parse_settings
 
@@ -39,7 +40,6 @@ logger = logging.getLogger(__name__)
 ENVELOPE = 8.0  # mm between the body and the faces of the box it is cropped to
 VOLUMES = ("image", "label", "body")
 VOLUMES_UNPAIRED = ("label", "body")
-FINISHED = "prepared.json"  # written last: a patient with it is finished
 
 
 @dataclass(frozen=True)
@@ -68,36 +68,6 @@ class Settings:
     crop_above_shoulders: bool = True
     unpaired: bool = False
     remove_contrast: bool = False
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a pair must reach to be in the datalist.
-
-    Attributes:
-        min_dice: of the two bodies.
-        min_mutual_information: nats.
-        max_deformation: beyond the rigid motion, mm.
-        max_folded: share of the body.
-        min_covered: share of the MR's body that the CT covers.
-    """
-
-    min_dice: float = 0.85
-    min_mutual_information: float = 0.2
-    max_deformation: float = 40.0
-    max_folded: float = 0.001
-    min_covered: float = 0.5
-
-    def shortfalls(self, measures: Mapping[str, Any]) -> list[str]:
-        """What ``measures`` fall short of, in words."""
-        found = []
-        for limit in fields(self):
-            bound, name = limit.name.split("_", 1)
-            value, allowed = measures[name], getattr(self, limit.name)
-            if not (value >= allowed if bound == "min" else value <= allowed):
-                side = "below" if bound == "min" else "above"
-                found.append(f"{name.replace('_', ' ')} {value:.3g} is {side} {allowed:g}")
-        return found
 
 
 def prepare(input: str, output: str, workers: int = 1, **settings: Any) -> None:
@@ -224,12 +194,15 @@ def clean_ct(ct: MetaTensor, settings: Settings, notes: list[str]) -> dict[Hasha
         Spacingd("label", pixdim=[settings.spacing] * 3, mode="bilinear", padding_mode="border"),
     ]
     label = Compose(steps)({"label": ct})["label"]
-    body = ct_body(np.asarray(label[0]), np.asarray(label.pixdim))
-    data: dict[Hashable, MetaTensor] = {"label": label}
-    data["body"] = MetaTensor(torch.from_numpy(body)[None].float(), affine=label.affine)
+    hu, spacing = np.asarray(label[0]), np.asarray(label.pixdim)
+    body = ct_body(hu, spacing)
     if settings.remove_contrast:
-        data = RemoveContrastd("label")(data)
+        hu = remove_contrast(hu, body, spacing)
         notes.append("contrast medium taken out of soft tissue")
+    volumes = {"label": hu, "body": body.astype(np.float32)}
+    data: dict[Hashable, MetaTensor] = {
+        key: MetaTensor(torch.from_numpy(volume)[None], affine=label.affine) for key, volume in volumes.items()
+    }
     return crop_above_shoulders(data, "label", settings, notes)
 
 
@@ -361,64 +334,7 @@ def fingerprint(patient: Patient, settings: Settings) -> str:
 
 def is_finished(patient: Patient, out: Path, settings: Settings) -> bool:
     """Whether the patient was prepared from these very files with these settings, and is still all there."""
-    result = _result(out / patient.name)
+    result = read_result(out / patient.name)
     volumes = VOLUMES_UNPAIRED if result.get("unpaired") else VOLUMES
     there = all((out / patient.name / f"{key}.nii.gz").is_file() for key in volumes)
     return bool(result) and there and result["fingerprint"] == fingerprint(patient, settings)
-
-
-def _result(folder: Path) -> dict[str, Any]:
-    path = folder / FINISHED
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def summarise(
-    patients: Sequence[Patient], out: Path, limits: Limits, failures: Mapping[str, str], split: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Hold every patient against the limits, split those that pass and write ``datalist.json``; a row a patient."""
-    rows = []
-    for patient in patients:
-        row: dict[str, Any] = {"patient": patient.name, "notes": [], "used": False, "split": patient.split}
-        if patient.name in failures:
-            row["state"] = f"failed: {failures[patient.name]}"
-        else:
-            row.update(_result(out / patient.name))
-            short = [] if row.get("unpaired") else limits.shortfalls(row)
-            row.update(used=not short, state=f"left out: {'; '.join(short)}")
-            if row.get("unpaired"):
-                row["split"] = row["split"] or "training"
-        rows.append(row)
-    used = [row for row in rows if row["used"]]
-    splits = split_patients([row["patient"] for row in used if not row["split"]], **split)
-    for row in used:
-        row["state"] = row["split"] = row["split"] or splits[row["patient"]]
-    write_datalist(used, out / "datalist.json", split["seed"])
-    return rows
-
-
-def split_patients(names: Sequence[str], test: float = 0.2, validation: float = 0.0, seed: int = 0) -> dict[str, str]:
-    """A split for each patient, in the order of a hash of seed and name: exact shares, and a patient more moves at most
-    one other across each border."""
-    order = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
-    tests, validations = round(test * len(order)), round(validation * len(order))
-    kinds = ["test"] * tests + ["validation"] * validations
-    return dict(zip(order, kinds + ["training"] * (len(order) - len(kinds))))
-
-
-def write_datalist(rows: Sequence[Mapping[str, Any]], path: Path, seed: int) -> None:
-    """A MONAI datalist of the patients in ``rows`` by their ``split``, paths relative to its folder."""
-    content: dict[str, Any] = {
-        "description": "image = MR, label = CT in HU registered to it; paths relative to this file",
-        "modality": {"image": "MR", "label": "CT"},
-        "seed": seed,
-    }
-    for kind in SPLITS:
-        content[kind] = [_entry(row) for row in rows if row["split"] == kind]
-    write_json(content, path)
-
-
-def _entry(row: Mapping[str, Any]) -> dict[str, str]:
-    """The datalist's entry of a patient; a CT without an MR has no ``image``."""
-    name = row["patient"]
-    image = {} if row.get("unpaired") else {"image": f"{name}/image.nii.gz"}
-    return {**image, "label": f"{name}/label.nii.gz", "patient": name}

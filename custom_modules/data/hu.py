@@ -10,6 +10,7 @@ Window = tuple[float, float]
 
 AIR_HU = -1000  # written outside the body
 TISSUE_HU = -300.0  # air, lung and bowel gas are below, other tissue is above
+LEAN_HU = -30.0  # fat is below, muscle and organs are above
 BONE_HU = 250.0
 TISSUES: dict[str, Window] = {
     "air": (-np.inf, TISSUE_HU), "soft": (TISSUE_HU, BONE_HU), "bone": (BONE_HU, np.inf)

@@ -19,6 +19,7 @@ from custom_modules.errors import InputError
 
 DENSE_HU, PEAK_HU = 150.0, 500.0  # a skeleton's part goes beyond the second; enhanced vessels do not
 COMPACT_HU = 400.0
+SMOOTH = 0.7  # voxels; more would close thin discs of the spine
 COMPACT_SHARE = 0.12  # of voxels as dense as that: up to 0.10 in the kidneys of one CT, from 0.15 in skeletons
 MARROW_HU, MARROW_AREA = 65.0, 3000.0  # red marrow is denser than cord and muscle; mm2 of the inside of a bone
 REGION_GRID, REGION_SIZE = 2, 28.0  # voxels that are pooled to find regions, mm along a region
@@ -40,8 +41,8 @@ def tissue_regions(
         spacing: mm.
         organs: of :func:`~custom_modules.data.organs.organ_tissues`; where it has a label, that decides what is bone.
     """
-    smooth = ndimage.gaussian_filter(ct.astype(np.float32), 0.7)  # more would close thin discs of the spine
-    bone = enclosed_marrow(skeleton(ct, smooth, body), smooth, spacing)
+    smooth = ndimage.gaussian_filter(ct.astype(np.float32), SMOOTH)
+    bone = bone_mask(ct, smooth, body, spacing)
     if organs is not None:
         bone = np.where(organs > 0, organs == BONE_LABEL, bone)
     step = (slice(None, None, REGION_GRID),) * 3
@@ -60,6 +61,11 @@ def tissue_regions(
     regions[bone] = SURFACE
     regions[ndimage.binary_erosion(bone, border_value=1)] = MARROW
     return regions.astype(np.int16)
+
+
+def bone_mask(ct: np.ndarray, smooth: np.ndarray, body: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """Bone with its marrow in a CT (D, H, W), of which ``smooth`` is a Gaussian of :data:`SMOOTH` voxels."""
+    return enclosed_marrow(skeleton(ct, smooth, body), smooth, spacing)
 
 
 def skeleton(ct: np.ndarray, smooth: np.ndarray, body: np.ndarray) -> np.ndarray:
