@@ -1,6 +1,6 @@
-"""Are samples like CTs, and is their spread the error? By the number of DDIM steps of a sample, on real patients.
+"""Are samples like CTs, and is their spread the error? By where a sample starts and its DDIM steps, on real patients.
 
-    python benchmarks/samples.py --dataset_dir DIR [--split validation] [--steps 1,4,8,16] [--num_samples 8]
+    python benchmarks/samples.py --dataset_dir DIR [--split validation] [--num_samples 16]
 
 Beside the one-step estimate: MAE, bone MAE, the difference of neighbouring slices over that of the CT, the slope of the
 power spectrum (logarithm against logarithm, 8 to 50 mm) in the middle of the patient. Of the SD: the factor that fits
@@ -27,6 +27,12 @@ from custom_modules.evaluation.uncertainty import coverage, fit_scale, spearman
 
 BAND = 8.0, 50.0  # mm, wavelengths
 CUBE = 128.0  # mm
+WAYS = {  # sample_timestep and sample_steps
+    "noise at timestep 150, 1 step": (150, 1),
+    "noise at timestep 300, 1 step": (300, 1),
+    "noise at timestep 300, 4 steps": (300, 4),
+    "noise alone, 8 steps": (None, 8),
+}
 
 
 def spectral_slope(volume: np.ndarray, spacing: np.ndarray) -> float:
@@ -44,12 +50,15 @@ def spectral_slope(volume: np.ndarray, spacing: np.ndarray) -> float:
     return float(np.polyfit(centres, means, 1)[0])
 
 
-def measure(pair: dict[str, str], steps: int, num_samples: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Numbers of one patient, of the estimate (``steps`` 0) or of samples with their SD."""
+def measure(
+    pair: dict[str, str], way: tuple[int | None, int] | None, num_samples: int, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Numbers of one patient, of the estimate (no ``way``) or of samples with their SD."""
     mr, label = read_volume(pair["image"]), read_volume(pair["label"])
     axial = list(nib.io_orientation(mr.affine)[:, 0]).index(2)
-    if steps:
-        own: dict[str, Any] = {"num_samples": num_samples, "sample_steps": steps, "output": "sample"}
+    if way:
+        own: dict[str, Any] = {"num_samples": num_samples, "output": "sample"}
+        own |= dict(zip(("sample_timestep", "sample_steps"), way))
         made = synthesize(pair["image"], calibration=None, **own, **settings)
     else:
         made = synthesize(pair["image"], **settings)
@@ -68,18 +77,17 @@ def measure(pair: dict[str, str], steps: int, num_samples: int, settings: dict[s
 
 
 def main(
-    dataset_dir: str, split: str = "validation", steps: tuple[int, ...] = (1, 4, 8, 16), num_samples: int = 8,
-    patients: int | None = None, **settings: Any,
+    dataset_dir: str, split: str = "validation", num_samples: int = 16, patients: int | None = None, **settings: Any,
 ) -> None:  # fmt: skip
     pairs = load_pairs(f"{dataset_dir}/datalist.json", dataset_dir, [split, "training"])[split][:patients]
     rows, errors = [], []
-    for count in tqdm((0, *steps), unit="setting"):
-        found = [measure(pair, count, num_samples, settings) for pair in pairs]
+    for name, way in tqdm({"estimate": None, **WAYS}.items(), unit="setting"):
+        found = [measure(pair, way, num_samples, settings) for pair in pairs]
         errors = errors or [each["estimate error"] for each in found]  # SD is to be that of the estimate
-        row: dict[str, Any] = {"": f"samples of {count} step{'s' * (count > 1)}" if count else "estimate"}
-        names = [name for name in found[0] if isinstance(found[0][name], (float, np.floating))]
-        row |= {name: float(np.nanmean([each[name] for each in found])) for name in names}
-        if count:
+        row: dict[str, Any] = {"": name}
+        numbers = [key for key, value in found[0].items() if isinstance(value, (float, np.floating))]
+        row |= {key: float(np.nanmean([each[key] for each in found])) for key in numbers}
+        if way:
             spreads = [each["sd"] for each in found]
             scale = fit_scale(errors, spreads)
             row |= {"factor on SD": scale}

@@ -1,6 +1,6 @@
 """The scores of the shipped weights, in one record that the pages quote.
 
-    wldm evaluate --dataset_dir DIR --num_samples 8 --output_dir TEST
+    wldm evaluate --dataset_dir DIR --num_samples 16 --output_dir TEST
     wldm evaluate --dataset_dir DIR --split validation --output_dir VALIDATION
     wldm simulate CTS --output_dir PAIRS; wldm evaluate --dataset_dir PAIRS --output_dir SIMULATED
     wldm demo
@@ -162,7 +162,7 @@ def score_table(test: dict[str, Any]) -> list[dict[str, str]]:
 def coverage_table(sd: dict[str, Any]) -> list[dict[str, str]]:
     table = []
     for interval in INTERVALS:
-        row = {"SD of 8 samples, calibrated on the validation patients": f"in the {interval} % interval"}
+        row = {"SD of 16 samples, calibrated on the validation patients": f"in the {interval} % interval"}
         row |= {title: f"{100 * sd[f'{tissue}coverage_{interval}']:.1f} %" for tissue, title in TISSUES.items()}
         table.append(row)
     low, high = sd["coverage_95_range"]

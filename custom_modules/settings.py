@@ -201,6 +201,9 @@ SETTINGS: dict[str, Setting] = {
     "num_inference_steps": _on("int", "DDIM steps of the estimate", low=1, high=1000),
     "num_samples": _on("int", "samples per volume; with 2 or more their SD is written too", low=1, high=64),
     "sample_steps": _on("int", "DDIM steps of each sample", low=1, high=1000),
+    "sample_timestep": _on(
+        "int", "where samples start, the estimate with noise of it; null: noise alone", low=1, high=999, nullable=True
+    ),
     "sampling": _on(
         "str", "one latent for the patient, or windows sampled one by one and blended", choices=("whole", "windows")
     ),
@@ -240,6 +243,7 @@ SETTINGS: dict[str, Setting] = {
     "bone_weight": Setting("float", "of voxels of bone in that L1", low=0),
     "latent_weight": Setting("float", "of the latent diffusion loss (Eq. 12)", low=0),
     "last_timestep_share": Setting("float", "of the crops, at the timestep where sampling starts", low=0, high=1),
+    "sample_share": Setting("float", "of the crops, which train samples, too", low=0, high=1),
     "train_encoder": Setting("bool", "stage 2 trains the encoder of the MR, too"),
     "unpaired_share": Setting("float", "of the crops, from CTs without an MR (whole_body.yaml)", low=0, high=1),
     "simulated_share": Setting("float", "of the copies of pairs, with a simulated MR (whole_body.yaml)", low=0, high=1),

@@ -380,7 +380,13 @@ def test_calibrate_fits_the_scale_that_is_then_used(cohort, checkpoint):
     calibrate(str(cohort), split="test", path=str(target), pred_dir=str(folder), num_samples=3, **own)
     stored = json.loads(target.read_text())
     assert stored["patients"] == ["p1", "p2"] and stored["model_sha256"] == sha256(checkpoint)
-    assert stored["settings"] == {"num_inference_steps": 1, "num_samples": 3, "sample_steps": 8, "output": "mean"}
+    assert stored["settings"] == {
+        "num_inference_steps": 1,
+        "num_samples": 3,
+        "sample_steps": 4,
+        "sample_timestep": 300,
+        "output": "mean",
+    }
     ratios = []
     for number in (1, 2):
         mr, ct, pred, sd = (

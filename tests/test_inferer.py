@@ -150,7 +150,7 @@ def test_real_networks_take_any_volume(size, sampling):
 @pytest.mark.parametrize("prediction, steps", (("v", 1), ("v", 3), ("epsilon", 3)))
 def test_a_seed_has_one_answer_and_another_seed_another(sampling, prediction, steps):
     network, mr = tiny(prediction), volume(24, 16, 16)
-    settings = {"sampling": sampling, "num_inference_steps": steps}
+    settings = {"sampling": sampling, "output": "sample", "sample_steps": steps}
     first = inferer(seed=3, **settings)(mr, network)
     torch.manual_seed(9)  # the global generator has no say
     assert torch.equal(inferer(seed=3, **settings)(mr, network), first)
@@ -177,16 +177,19 @@ def test_one_window_over_everything_is_the_forward_of_the_network(sampling):
     network, mr = tiny(), volume(24, 16, 32)
     network.num_inference_steps = 3
     noise = torch.randn(1, 4, 6, 4, 8, generator=torch.Generator().manual_seed(5))
-    ct = inferer(window_size=(24, 16, 32), sampling=sampling, seed=5, num_inference_steps=3)(mr, network)
+    settings = {"window_size": (24, 16, 32), "sampling": sampling, "seed": 5, "num_inference_steps": 3}
+    ct = inferer(sample_timestep=None, **settings)(mr, network)
     torch.testing.assert_close(ct, network(mr, noise), atol=1e-5, rtol=0)
+    torch.testing.assert_close(inferer(**settings)(mr, network), network(mr), atol=1e-5, rtol=0)  # from zeros
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("sampling", MODES)
 @pytest.mark.parametrize("size", ((16, 16, 16), (30, 24, 16)))
-def test_several_samples_are_those_of_single_runs_with_the_estimate_and_their_deviation(sampling, size):
+@pytest.mark.parametrize("timestep", (300, None))
+def test_several_samples_are_those_of_single_runs_with_the_estimate_and_their_deviation(sampling, size, timestep):
     network, mr = tiny(), volume(*size)
-    settings = {"sampling": sampling, "window_size": size, "num_inference_steps": 1, "sample_steps": 2}
+    settings = {"sampling": sampling, "window_size": size, "sample_steps": 2, "sample_timestep": timestep}
     draws = torch.cat([inferer(seed=7 + k, output="sample", **settings)(mr, network) for k in range(3)])
     assert (draws[0] - draws[1]).abs().max() > 1e-3
     mean, deviation = inferer(seed=7, num_samples=3, **settings)(mr, network)[0]
@@ -204,8 +207,24 @@ def test_samples_share_the_encoded_mr():
     encoded = []
     encode = network.encode
     network.encode = lambda *args: encoded.append(1) or encode(*args)
-    inferer(num_samples=4, sample_steps=2)(mr, network)
+    inferer(num_samples=4, sample_steps=2, num_inference_steps=1)(mr, network)
     assert encoded == [1] and len(network.windows) == 1 + 4 * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", (1, 2))
+def test_a_sample_starts_from_the_estimate_with_noise_of_its_timestep(steps):
+    network, mr = tiny(), volume(16, 16, 16)
+    mr, z_mr = mr[..., :16], network.encode(mr, "MR")
+    context, schedule = network.condition(z_mr), network.schedule
+    estimate = schedule.sample(lambda z, t: network.predict(z, t, context), torch.zeros_like(z_mr), 1)
+    noise = torch.randn(z_mr.shape, generator=torch.Generator().manual_seed(4))
+    share = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[200]
+    z = estimate * share**0.5 + noise * (1 - share) ** 0.5
+    for t, next_t in ((200, -1),) if steps == 1 else ((200, 99), (99, -1)):
+        z = schedule.step(network.predict(z, t, context), t, next_t, z)
+    sample = inferer(output="sample", seed=4, margin=0, sample_steps=steps, sample_timestep=200)(mr, network)
+    torch.testing.assert_close(sample, network.decode(z, detail=network.detail(mr)), atol=1e-4, rtol=0)
 
 
 CUT = {  # windows of 16 at 0, 8, ..., tiles of 32
@@ -322,15 +341,18 @@ def test_another_error_is_not_taken_for_a_lack_of_memory():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", ({"output": "sample", "num_samples": 3}, {"num_inference_steps": 4}))
-def test_what_depends_on_the_mr_only_is_computed_once(settings):
+@pytest.mark.parametrize(
+    "settings, times", (({"num_samples": 3}, 2), ({"output": "sample", "num_samples": 3, "sample_timestep": None}, 1),
+                        ({"num_inference_steps": 4}, 1)),
+)  # fmt: skip
+def test_what_depends_on_the_mr_only_is_computed_once_for_the_estimate_and_once_for_all_samples(settings, times):
     network, mr, seen = tiny(), volume(32, 16, 16), []
     condition = network.condition
     network.condition = lambda z_mr: seen.append(len(z_mr)) or condition(z_mr)
     inferer(**settings)(mr, network)
-    assert seen == [1]
+    assert seen == [1] * times
     inferer(**settings, **CUT["whole"])(volume(96, 16, 16), network)
-    assert seen == [1] + [1] * 3  # tiles
+    assert seen == [1] * times * (1 + 3)  # tiles
 
 
 def test_mixed_precision_is_close_to_single_precision():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from monai.networks.nets import PatchDiscriminator
+from scipy.stats import norm
 from torch import nn
 
 from custom_modules.training.adversary import Adversary
@@ -115,6 +117,30 @@ def test_losses_count_only_valid_voxels():
     assert ValidL1Loss()(image, (ct, valid.bool())) == pytest.approx(0.5)
     assert LatentDiffusionLoss()(prediction, (clean, valid)) == pytest.approx(1.0)
     assert EstimateLoss(1.0, 0.1)((prediction, image), (clean, valid, ct)) == pytest.approx(0.5 + 0.1 * 1.0)
+
+
+def test_the_score_of_two_samples_is_that_of_their_distribution():
+    """The closed form for a normal distribution (Gneiting and Raftery 2007), whose score is least at the true one."""
+    rng, ct = np.random.default_rng(0), torch.full((1, 1, 40, 40, 40), 0.3)
+
+    def score(mean: float, sd: float) -> float:
+        samples = torch.from_numpy(rng.normal(mean, sd, (2, *ct.shape[1:])))
+        return float(ValidL1Loss()(samples, (ct, torch.ones_like(ct))))
+
+    for mean, sd in ((0.3, 0.2), (0.1, 0.2), (0.5, 0.05)):
+        z = (0.3 - mean) / sd
+        exact = sd * (z * (2 * norm.cdf(z) - 1) + 2 * norm.pdf(z) - 1 / np.sqrt(np.pi))
+        assert score(mean, sd) == pytest.approx(exact, rel=0.02)
+
+
+def test_samples_add_their_score_to_the_loss_of_their_crops():
+    torch.manual_seed(0)
+    ct, image, samples = torch.rand(3, 1, 8, 8, 8), torch.rand(3, 1, 8, 8, 8), torch.rand(4, 1, 8, 8, 8)
+    valid, latent = torch.ones_like(ct), torch.zeros(3, 4, 2, 2, 2)
+    y, first, second = ct[:2], samples[:2], samples[2:]
+    score = ((first - y).abs() + (second - y).abs() - (first - second).abs()).mean() / 2
+    loss = EstimateLoss(0.5, 0.0)((latent, torch.cat([image, samples])), (latent, valid, ct))
+    torch.testing.assert_close(loss, 0.5 * ((image - ct).abs().mean() + score))
 
 
 def test_bone_counts_as_often_as_its_weight_says():

@@ -44,6 +44,8 @@ def test_alpha_bar_is_the_product_of_the_alphas(beta_end):
 def test_default_schedule_keeps_every_step_and_the_papers_about_a_third():
     assert (alpha_bars(0.02) >= MIN_ALPHA_BAR).all()
     assert DDIMSchedule().inference_timesteps(1) == [(999, -1)]
+    assert DDIMSchedule().inference_timesteps(1, first=300) == [(300, -1)]
+    assert DDIMSchedule().inference_timesteps(3, first=299) == [(299, 199), (199, 99), (99, -1)]
     usable = int((alpha_bars(0.2) >= MIN_ALPHA_BAR).sum())
     assert 250 < usable < 400
     assert DDIMSchedule(beta_end=0.2).inference_timesteps(1) == [(usable - 1, -1)]

@@ -14,8 +14,11 @@ from monai.bundle import ConfigWorkflow
 from monai.inferers import SimpleInferer
 
 from custom_modules.errors import InputError
+from custom_modules.inference.inferer import WholeVolumeInferer
 from custom_modules.networks.autoencoder import WaveletAutoencoderKL
+from custom_modules.networks.denoiser import LatentDenoiser
 from custom_modules.networks.schedule import DDIMSchedule
+from custom_modules.networks.synthesizer import Synthesizer
 from custom_modules.training.averaging import MovingAverage
 from custom_modules.training.batches import (
     AutocastInferer,
@@ -107,6 +110,39 @@ def test_a_share_of_a_batch_starts_where_sampling_does(share, count):
     assert (
         target.shape == batch["image"].shape and torch.equal(ct, batch["label"]) and torch.equal(valid, batch["valid"])
     )
+
+
+def test_crops_that_train_samples_start_from_zeros_where_sampling_does():
+    torch.manual_seed(0)
+    schedule = DDIMSchedule()
+    batch = {k: torch.randn(4, 4, 2, 2, 2) for k in ("image", "z_mr")}
+    batch |= {k: torch.rand(4, 1, 8, 8, 8) for k in ("label", "valid", "mr")}
+    prepare = LatentPrepareBatch(schedule, last_timestep_share=0.0, sample_share=0.5)
+    clean, (target, _, _), _, kwargs = prepare(batch, "cpu")
+    assert (kwargs["timesteps"][:2] == schedule.inference_timesteps(1)[0][0]).all()
+    assert not kwargs["noise"][:2].any() and kwargs["noise"][2:].all()
+    assert kwargs["sample_noise"].shape == clean.shape and kwargs["sample_noise"].std() > 0.8
+    torch.testing.assert_close(target, schedule.target(clean, kwargs["noise"], kwargs["timesteps"]))
+    assert "sample_noise" not in LatentPrepareBatch(schedule)(batch, "cpu")[3]
+
+
+@torch.no_grad()
+def test_training_and_inference_make_the_same_samples():
+    torch.manual_seed(0)
+    network = Synthesizer(WaveletAutoencoderKL(4, (8, 16), (1, 1)), LatentDenoiser(4, (8, 16), window=4)).eval()
+    mr, noise = torch.rand(2, 1, 16, 16, 16) * 2 - 1, [torch.Generator().manual_seed(k) for k in (5, 6)]
+    z_mr = network.encode(mr, "MR")
+    noise = torch.cat([torch.randn(1, *z_mr.shape[1:], generator=generator) for generator in noise])
+    zeros, last = torch.zeros_like(z_mr), torch.full((2,), 999)
+    made = OneStepEstimate(network, sample_timestep=200)(zeros, zeros, last, z_mr, mr, sample_noise=noise)[1]
+    assert made.shape == (4, 1, 16, 16, 16)
+    settings = {"margin": 0, "sample_timestep": 200, "sample_steps": 1, "progress": False}
+    for k, seed in ((2, 5), (3, 6)):  # two samples of the first crop
+        sample = WholeVolumeInferer(output="sample", seed=seed, **settings)(mr[:1], network)
+        torch.testing.assert_close(made[k : k + 1], sample, atol=1e-4, rtol=0)
+    for k in (0, 1):
+        estimate = WholeVolumeInferer(**settings)(mr[k : k + 1], network)
+        torch.testing.assert_close(made[k : k + 1], estimate, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("size", "share"), [(1, 0.5), (2, 0.75), (3, 0.5)])

@@ -208,7 +208,7 @@ def test_dense_bone_in_a_file_moves_along_the_curve_and_is_made_again_when_that_
     stored = tmp_path / "calibration.json"
 
     def synthesised(curve):
-        settings = {"num_inference_steps": 1, "num_samples": 1, "sample_steps": 8, "output": "mean"}
+        settings = {"num_inference_steps": 1, "num_samples": 1, "output": "mean"}
         content = {"sd_scale": 1.0, "bone_curve": curve, "model_sha256": sha256(checkpoint), "settings": settings}
         stored.write_text(json.dumps(content))
         infer(path, tmp_path / "out", calibration=str(stored), resume=True, **stub())

@@ -14,7 +14,9 @@ from monai.utils import convert_to_tensor
 from torch import Tensor
 from tqdm import tqdm
 
+from custom_modules.errors import InputError
 from custom_modules.memory import free_memory, halve_when_out_of_memory
+from custom_modules.networks.schedule import DDIMSchedule
 from custom_modules.networks.synthesizer import Synthesizer
 from custom_modules.tiling import Box, pad_to_windows, scale_box, tile_size, tiles, widen
 
@@ -37,7 +39,10 @@ class LatentSampler(Inferer):
             sample.
         num_samples: samples drawn in one pass, for which the MR is encoded once. With two or more the result has a
             second channel, the voxelwise standard deviation of the samples.
-        sample_steps: DDIM steps of each sample. In one step samples hardly differ.
+        sample_steps: DDIM steps of each sample.
+        sample_timestep: where each sample starts: from the estimate with noise of that timestep (Eq. 11; SDEdit, Meng
+            et al. 2022). The estimate then starts from zeros, the mode of the prior. When None, all start from noise,
+            as in the paper.
         seed: of the noise, which is drawn on the CPU and is therefore the same on every device. Sample k has seed + k,
             so that N samples equal those of N runs with one sample each.
         margin: image voxels added on each side by replicating the edge, so that the zero padding of the convolutions
@@ -56,7 +61,8 @@ class LatentSampler(Inferer):
         self,
         num_inference_steps: int = 1,
         num_samples: int = 1,
-        sample_steps: int = 8,
+        sample_steps: int = 4,
+        sample_timestep: int | None = 300,
         output: str = "mean",
         seed: int = 0,
         margin: int = 4,
@@ -70,6 +76,7 @@ class LatentSampler(Inferer):
         if seed < 0 or num_samples < 1:
             raise ValueError(f"seed must be 0 or more and num_samples 1 or more, got {seed} and {num_samples}")
         self.num_inference_steps, self.sample_steps = num_inference_steps, sample_steps
+        self.sample_timestep = sample_timestep
         self.num_samples, self.output, self.seed = num_samples, output, seed
         self.margin, self.memory_limit, self.amp, self.progress = margin, memory_limit, amp, progress
 
@@ -89,9 +96,12 @@ class LatentSampler(Inferer):
             the second channel is their standard deviation on the same scale.
 
         Raises:
-            InputError: when memory is too small even for the smallest tiles.
+            InputError: when memory is too small even for the smallest tiles, and for a ``sample_timestep`` that the
+                schedule does not have.
         """
         network.eval()
+        if (self.sample_timestep or 0) >= (count := network.schedule.num_train_timesteps):
+            raise InputError(f"--sample_timestep {self.sample_timestep}: must be below num_train_timesteps, {count}")
         mr = convert_to_tensor(inputs, track_meta=False)
         body = torch.ones_like(mr) if body is None else convert_to_tensor(body, track_meta=False).to(mr)
         generators = [torch.Generator().manual_seed(self.seed + k) for k in range(self.num_samples)]
@@ -115,21 +125,30 @@ class LatentSampler(Inferer):
         return tqdm(total=total, desc=what, unit=unit, disable=not self.progress, leave=False)
 
     def _draw(
-        self, shape: Sequence[int], generators: Sequence[torch.Generator], sample: Callable[[Tensor, int], Tensor]
+        self,
+        z_mr: Tensor,
+        generators: Sequence[torch.Generator],
+        schedule: DDIMSchedule,
+        sample: Callable[[Tensor, int, int | None], Tensor],
     ) -> list[Tensor]:
-        """Return the latents of all that :meth:`_summary` needs, each of ``shape``: the estimate, if that is the
-        output, and the samples, if they are the output or their deviation is asked for.
+        """Return the latents of all that :meth:`_summary` needs, each of the shape of ``z_mr`` (N, ...): the estimate,
+        if that is the output, and the samples, if they are the output or their deviation is asked for.
 
         Args:
-            sample: maps noise of several such latents (K * N, ...), and the number of steps, to the latents.
+            sample: maps several such latents (K * N, ...), the number of steps and the first timestep to clean latents.
         """
-        noise = [torch.randn(shape, generator=generator) for generator in generators]
-        latents = []
-        if self.output == "mean":
-            latents.append(sample(noise[0], self.num_inference_steps))
-        if self.output == "sample" or self.num_samples > 1:
-            latents += sample(torch.cat(noise), self.sample_steps).chunk(len(noise))
-        return latents
+        noise = [torch.randn(z_mr.shape, generator=generator).to(z_mr) for generator in generators]
+        around = self.sample_timestep is not None  # samples start around the estimate
+        estimate, start = [], torch.cat(noise)
+        if self.output == "mean" or around:
+            estimate = [sample(torch.zeros_like(z_mr) if around else noise[0], self.num_inference_steps, None)]
+        if self.output == "mean" and self.num_samples == 1:
+            return estimate
+        if around:
+            timesteps = torch.full((len(start),), self.sample_timestep)
+            start = schedule.add_noise(torch.cat(estimate * len(noise)), start, timesteps)
+        samples = sample(start, self.sample_steps, self.sample_timestep).chunk(len(noise))
+        return [*estimate, *samples] if self.output == "mean" else list(samples)
 
     def _summary(self, images: Iterable[Tensor]) -> Tensor:
         """Return the first of the images of :meth:`_draw` and, if there are several samples, their standard deviation
@@ -172,10 +191,10 @@ class WholeVolumeInferer(LatentSampler):
         body = (F.max_pool3d(body, network.autoencoder.downsampling)[0, 0] > 0).to(network.device)
         z_mr = self._encode(mr, network, body)
 
-        def sample(noise: Tensor, steps: int) -> Tensor:
-            return self._sample(z_mr, noise.to(z_mr), steps, network, body)
+        def sample(z: Tensor, steps: int, first: int | None) -> Tensor:
+            return self._sample(z_mr, z, steps, first, network, body)
 
-        return self._decode(torch.cat(self._draw(z_mr.shape, generators, sample)), mr, network, body)
+        return self._decode(torch.cat(self._draw(z_mr, generators, network.schedule, sample)), mr, network, body)
 
     def _tiles(self, body: Tensor, network: Synthesizer, voxels: int, grid: int, reach: int = 0) -> list[tuple]:
         """Return tiles of the latent that cover at most ``voxels`` of the image, halo included, and start on ``grid``;
@@ -209,13 +228,14 @@ class WholeVolumeInferer(LatentSampler):
     def _sample(
         self,
         z_mr: Tensor,
-        noise: Tensor,
+        start: Tensor,
         steps: int,
+        first: int | None,
         network: Synthesizer,
         body: Tensor,
     ) -> Tensor:
-        """Return CT latents (K, c, d, h, w) from the ``noise`` of the same shape (Eqs. 13 and 14), with that of air in
-        tiles without body."""
+        """Return CT latents (K, c, d, h, w) from ``start``, noisy latents at timestep ``first`` (Eqs. 13 and 14), with
+        that of air in tiles without body."""
 
         def sample(voxels: int) -> Tensor:
             parts = self._tiles(body, network, voxels, network.denoiser.window)
@@ -236,10 +256,10 @@ class WholeVolumeInferer(LatentSampler):
                             bar.update()
                 return output
 
-            with self._bar(steps * len(parts) * len(noise), "denoising", "tile") as bar:
-                return network.schedule.sample(predict, noise, steps)
+            with self._bar(steps * len(parts) * len(start), "denoising", "tile") as bar:
+                return network.schedule.sample(predict, start, steps, first=first)
 
-        most = self._tile_voxels(noise.device, DENOISER_BYTES)
+        most = self._tile_voxels(start.device, DENOISER_BYTES)
         return halve_when_out_of_memory(sample, most, LEAST_TILE, "voxels")
 
     def _decode(self, z: Tensor, mr: Tensor, network: Synthesizer, body: Tensor) -> Tensor:

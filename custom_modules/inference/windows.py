@@ -68,12 +68,12 @@ class WindowInferer(LatentSampler):
         with self._autocast(z_mr.device):
             context = network.condition(z_mr)
 
-        def sample(noise: Tensor, steps: int) -> Tensor:
-            condition = [torch.cat([part] * (len(noise) // len(z_mr))) for part in context]
+        def sample(z: Tensor, steps: int, first: int | None) -> Tensor:
+            condition = [torch.cat([part] * (len(z) // len(z_mr))) for part in context]
             with self._autocast(z_mr.device):
-                return network.schedule.sample(lambda z, t: network.predict(z, t, condition), noise.to(z_mr), steps)
+                return network.schedule.sample(lambda z, t: network.predict(z, t, condition), z, steps, first=first)
 
         # one generator per sample, so that its noise does not depend on the batch size of windows
-        latents, detail = self._draw(z_mr.shape, generators, sample), network.detail(image[inside])
+        latents, detail = self._draw(z_mr, generators, network.schedule, sample), network.detail(image[inside])
         ct[inside] = self._summary(network.decode(z, detail=detail) for z in latents).to(ct.dtype)
         return ct

@@ -48,15 +48,18 @@ class DDIMSchedule(Scheduler):
         """Return the share of signal at timestep ``t`` (Eq. 11); 1 for t = -1, the clean latent."""
         return 1.0 if t < 0 else self._alpha_bar[t]
 
-    def inference_timesteps(self, num_inference_steps: int) -> list[tuple[int, int]]:
+    def inference_timesteps(self, num_inference_steps: int, first: int | None = None) -> list[tuple[int, int]]:
         """Return the pairs (t, next t) of an evenly spaced descent that ends at the clean latent, t = -1.
+
+        Args:
+            first: timestep where it starts; the last one, pure noise, when None.
 
         Raises:
             ValueError: for fewer than 1 or more than T steps.
         """
         if not 1 <= num_inference_steps <= self.num_train_timesteps:
             raise ValueError(f"num_inference_steps must be in 1..{self.num_train_timesteps}, got {num_inference_steps}")
-        usable = sum(a >= MIN_ALPHA_BAR for a in self._alpha_bar)
+        usable = sum(a >= MIN_ALPHA_BAR for a in self._alpha_bar[: None if first is None else first + 1])
         count = min(num_inference_steps, usable)
         descent = [round(usable * (count - k) / count) - 1 for k in range(count + 1)]
         return list(zip(descent, descent[1:]))
@@ -93,13 +96,15 @@ class DDIMSchedule(Scheduler):
         z: Tensor,
         num_inference_steps: int,
         progress: Callable[[Iterable], Iterable] = iter,
+        first: int | None = None,
     ) -> Tensor:
         """Run the sampler from the noise ``z`` down to the clean latent.
 
         Args:
             predict: maps (z, t) to the output of the network.
+            first: timestep of ``z``, see :meth:`inference_timesteps`.
             progress: wraps the list of steps, for example ``tqdm``.
         """
-        for t, next_t in progress(self.inference_timesteps(num_inference_steps)):
+        for t, next_t in progress(self.inference_timesteps(num_inference_steps, first)):
             z = self.step(predict(z, t), t, next_t, z)
         return z

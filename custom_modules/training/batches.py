@@ -125,11 +125,21 @@ class LatentPrepareBatch(DiffusionPrepareBatch):
     Args:
         last_timestep_share: of the crops, which are at the timestep where sampling starts; drawn where it is no whole
             number of a batch.
+        sample_share: of the crops, for each of which two samples are made, too. They are at that timestep, without
+            noise: their estimate is that from which samples start.
     """
 
-    def __init__(self, schedule: DDIMSchedule, last_timestep_share: float = 0.5) -> None:
+    def __init__(self, schedule: DDIMSchedule, last_timestep_share: float = 0.5, sample_share: float = 0.0) -> None:
         super().__init__(schedule.num_train_timesteps, condition_name="z_mr")
-        self.schedule, self.last_timestep_share = schedule, last_timestep_share
+        self.schedule, self.last_timestep_share, self.sample_share = schedule, last_timestep_share, sample_share
+
+    def _sampled(self, images: Tensor) -> int:
+        return round(len(images) * self.sample_share)
+
+    def get_noise(self, images: Tensor) -> Tensor:
+        noise = super().get_noise(images)
+        noise[: self._sampled(images)] = 0
+        return noise
 
     def get_target(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return self.schedule.target(images, noise, timesteps)
@@ -138,7 +148,7 @@ class LatentPrepareBatch(DiffusionPrepareBatch):
         timesteps = super().get_timesteps(images)
         # a share that is no whole number of crops is met on average
         count = int(len(images) * self.last_timestep_share + torch.rand(()).item())
-        timesteps[:count] = self.schedule.inference_timesteps(1)[0][0]
+        timesteps[: max(count, self._sampled(images))] = self.schedule.inference_timesteps(1)[0][0]
         return timesteps
 
     def __call__(
@@ -147,11 +157,14 @@ class LatentPrepareBatch(DiffusionPrepareBatch):
         latents = {key: batchdata[key] for key in ("image", "z_mr")}
         clean, target, args, infer_kwargs = super().__call__(latents, device, non_blocking, **kwargs)
         mr, valid, ct = (_as_tensor(batchdata, key, device, non_blocking) for key in ("mr", "valid", "label"))
+        if pairs := self._sampled(clean):
+            infer_kwargs["sample_noise"] = torch.randn_like(torch.cat([clean[:pairs]] * 2))
         return clean, (target, valid, ct), args, {**infer_kwargs, "mr": mr}
 
 
 class OneStepEstimate(nn.Module):
-    """The denoiser's output for noisy latents, and the decoded one-step estimate of the clean latent (Eq. 14).
+    """The denoiser's output for noisy latents, and the decoded one-step estimate of the clean latent (Eq. 14), followed
+    by two samples of each of the first crops if there is ``sample_noise`` for them, (2K, c, ...).
 
     It is a module because distributed training needs the gradients of all networks to pass through one ``forward``.
 
@@ -159,23 +172,58 @@ class OneStepEstimate(nn.Module):
         decodes: False for the denoiser's output alone; the estimate is then None, and the decoder frozen.
         train_encoder: encode the MR here, with gradients, so that its latent learns what the CT needs. The latents of
             the CT stay those of stage 1. Without it the encoder is frozen, and ``condition`` is the latent of the MR.
+        sample_share: of the crops, see :class:`LatentPrepareBatch`.
+        sample_timestep: where samples start, see :class:`~custom_modules.inference.inferer.LatentSampler`; here in one
+            step.
     """
 
-    def __init__(self, network: Synthesizer, decodes: bool = True, train_encoder: bool = False) -> None:
+    def __init__(
+        self,
+        network: Synthesizer,
+        decodes: bool = True,
+        train_encoder: bool = False,
+        sample_share: float = 0.0,
+        sample_timestep: int | None = 300,
+    ) -> None:
         super().__init__()
+        start = sample_timestep or network.schedule.num_train_timesteps
+        if sample_share > 0 and (not decodes or start >= network.schedule.num_train_timesteps):
+            stop("--sample_share: needs an image_weight above 0 and a sample_timestep below num_train_timesteps")
         self.network, self.decodes, self.train_encoder = network, decodes, train_encoder
+        self.sample_timestep = sample_timestep
         network.autoencoder.encoder.requires_grad_(train_encoder)
         network.autoencoder.decoder.requires_grad_(decodes)
 
     def forward(
-        self, clean: Tensor, noise: Tensor, timesteps: Tensor, condition: Tensor, mr: Tensor
+        self,
+        clean: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        condition: Tensor,
+        mr: Tensor,
+        sample_noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        schedule = self.network.schedule
         if self.train_encoder:
             condition = self.network.encode(mr, "MR")
-        noisy = schedule.add_noise(clean, noise, timesteps)
-        output = self.network.denoiser(torch.cat([noisy, condition], dim=1), timesteps)
+        output, estimate = self._denoise(clean, noise, timesteps, condition)
         if not self.decodes:
             return output, None
-        estimate = schedule.estimate(output, timesteps, noisy)
-        return output, self.network.decode(estimate, detail=self.network.detail(mr))
+        detail = self.network.detail(mr)
+        if sample_noise is not None:
+            first = slice(len(sample_noise) // 2)
+            start = torch.full((len(sample_noise),), self.sample_timestep, device=timesteps.device)
+            # samples are not to change the estimate that they start from
+            _, samples = self._denoise(_twice(estimate[first].detach()), sample_noise, start, _twice(condition[first]))
+            estimate = torch.cat([estimate, samples])
+            detail = None if detail is None else torch.cat([detail, _twice(detail[first])])
+        return output, self.network.decode(estimate, detail=detail)
+
+    def _denoise(self, clean: Tensor, noise: Tensor, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Add noise (Eq. 11); return the denoiser's output and the estimate of the clean latent."""
+        noisy = self.network.schedule.add_noise(clean, noise, timesteps)
+        output = self.network.denoiser(torch.cat([noisy, condition], dim=1), timesteps)
+        return output, self.network.schedule.estimate(output, timesteps, noisy)
+
+
+def _twice(batch: Tensor) -> Tensor:
+    return torch.cat([batch, batch])

@@ -89,6 +89,10 @@ class ValidL1Loss(nn.Module):
     L1 alone leads to the median: where bone is less likely than not, there is none. Bone that counts more than once
     appears earlier.
 
+    Two samples of the same CTs, stacked to (2N, 1, D, H, W), are compared by the continuous ranked probability score
+    instead, E|X - y| - E|X - X'| / 2 (Gneiting and Raftery 2007), for each voxel: the L1 that is left when the samples
+    are as far from each other as from the CT. It is smallest where their distribution is that of the CT.
+
     Args:
         bone_weight: weight of voxels whose CT is bone; all others have 1.
         hu_window: HU at -1 and at 1.
@@ -101,7 +105,11 @@ class ValidL1Loss(nn.Module):
 
     def forward(self, image: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
         ct, valid = target
-        return _weighted_mean((image.float() - ct).abs(), valid * (1 + (self.bone_weight - 1) * (ct > self.bone)))
+        images = image.float().split(len(ct))
+        error = sum((image - ct).abs() for image in images) / len(images)
+        if len(images) == 2:
+            error = error - (images[0] - images[1]).abs() / 2
+        return _weighted_mean(error, valid * (1 + (self.bone_weight - 1) * (ct > self.bone)))
 
 
 class LatentDiffusionLoss(nn.Module):
@@ -119,7 +127,8 @@ class LatentDiffusionLoss(nn.Module):
 
 class EstimateLoss(nn.Module):
     """``image_weight`` times the L1 between decoded estimate and CT, plus ``latent_weight`` times the latent diffusion
-    loss (Eq. 12), both over valid voxels. Without the first term (a weight of 0) the estimate may be None.
+    loss (Eq. 12), both over valid voxels. Without the first term (a weight of 0) the estimate may be None. Two samples
+    of each of the first crops add the score of :class:`ValidL1Loss` to the first term.
 
     ``bone_weight`` and ``hu_window`` are those of :class:`ValidL1Loss`.
     """
@@ -138,4 +147,9 @@ class EstimateLoss(nn.Module):
     def forward(self, output: tuple[Tensor, Tensor | None], target: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         (prediction, image), (clean, valid, ct) = output, target
         loss = self.latent_weight * self.latent_loss(prediction, (clean, valid))
-        return loss if image is None else loss + self.image_weight * self.image_loss(image, (ct, valid))
+        if image is None:
+            return loss
+        loss = loss + self.image_weight * self.image_loss(image[: len(ct)], (ct, valid))
+        if pairs := (len(image) - len(ct)) // 2:
+            loss = loss + self.image_weight * self.image_loss(image[len(ct) :], (ct[:pairs], valid[:pairs]))
+        return loss
