@@ -31,7 +31,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "smaller tiles with a halo of 16 voxels": ({**SMALL, "halo": 16}, {}),
     "bfloat16": ({"amp": True}, {}),
     "bfloat16: smaller tiles": ({**SMALL, "amp": True}, {"amp": True}),
-    "another seed, for comparison": ({"seed": 1}, {}),
+    "a sample and one of another seed, for comparison": ({"output": "sample", "seed": 1}, {"output": "sample"}),
     "each window on its own": (WINDOWS, {}),
     "each window on its own: batches of 7": ({**WINDOWS, "sw_batch_size": 7}, WINDOWS),
     "each window on its own: overlap 0.5": ({**WINDOWS, "overlap": 0.5}, WINDOWS),

@@ -1,6 +1,6 @@
 """The scores of the shipped weights, in one record that the pages quote.
 
-    wldm evaluate --dataset_dir DIR --num_samples 16 --output_dir TEST
+    wldm evaluate --dataset_dir DIR --num_samples 8 --output_dir TEST
     wldm evaluate --dataset_dir DIR --split validation --output_dir VALIDATION
     wldm simulate CTS --output_dir PAIRS; wldm evaluate --dataset_dir PAIRS --output_dir SIMULATED
     wldm demo
@@ -52,7 +52,7 @@ TISSUES = {"": "all", "soft_": "soft tissue", "bone_": "bone"}
 
 QUOTES = {  # what pages say of the shipped weights, with figures of the record
     "README.md": (
-        "| **3D-WLDM**, these weights (about 700 minutes of training, and 25 on a GPU) | {row} |",
+        "| **3D-WLDM**, these weights (about 800 minutes of training, and 25 on a GPU) | {row} |",
         "(STS_017; in-body MAE {limb[mae]:.0f} HU, bone Dice {limb[bone_dice]:.2f})",
         "(MAE {demo[mae]:.0f} HU, bone Dice {demo[bone_dice]:.2f};",
         "too soft, by {too_soft:.0f} HU on average",
@@ -162,7 +162,7 @@ def score_table(test: dict[str, Any]) -> list[dict[str, str]]:
 def coverage_table(sd: dict[str, Any]) -> list[dict[str, str]]:
     table = []
     for interval in INTERVALS:
-        row = {"SD of 16 samples, calibrated on the validation patients": f"in the {interval} % interval"}
+        row = {"SD of 8 samples, calibrated on the validation patients": f"in the {interval} % interval"}
         row |= {title: f"{100 * sd[f'{tissue}coverage_{interval}']:.1f} %" for tissue, title in TISSUES.items()}
         table.append(row)
     low, high = sd["coverage_95_range"]

@@ -1,6 +1,6 @@
 """The README's pictures of a report and of its viewer, as Chromium shows them.
 
-    wldm evaluate --dataset_dir DIR --num_samples 16 --output_dir OUT && wldm report OUT
+    wldm evaluate --dataset_dir DIR --num_samples 8 --output_dir OUT && wldm report OUT
     python benchmarks/screens.py OUT/report.html [--patient STS_017] [--place 0.178,0.23]
 
 Writes docs/figures/report.png and viewer.png; ``place`` is where the viewer is clicked, as shares of its width and

@@ -1,6 +1,6 @@
 """Does the SD of samples predict the error, and what does it cost? For the patients of a split, and by patient.
 
-    python benchmarks/uncertainty.py --dataset_dir DIR [--split test] [--num_samples 16] [--pred_dir DIR] [--patients 2]
+    python benchmarks/uncertainty.py --dataset_dir DIR [--split test] [--num_samples 8] [--pred_dir DIR] [--patients 2]
 
 Coverage of the 95 % interval (all, soft tissue, bone) and the rank correlation of SD with the absolute error. Beside it
 stands what a perfect ranking could reach: CT noise is part of every error and nothing can foresee it, so the absolute
@@ -58,7 +58,7 @@ def row(pair: dict[str, str], sct: Path) -> list[float]:
 def main(
     dataset_dir: str,
     split: str = "test",
-    num_samples: int = 16,
+    num_samples: int = 8,
     pred_dir: str | None = None,
     patients: int | None = None,
     **settings: Any,

@@ -35,7 +35,7 @@ def calibrate(
     split: str = "validation",
     path: str = str(ROOT / "models" / "calibration.json"),
     pred_dir: str | None = None,
-    num_samples: int = 16,
+    num_samples: int = 8,
     **settings: Any,
 ) -> None:
     """Fit the curve of dense bone and the factor from SD to error, in HU, and store them with the weights.

@@ -383,8 +383,8 @@ def test_calibrate_fits_the_scale_that_is_then_used(cohort, checkpoint):
     assert stored["settings"] == {
         "num_inference_steps": 1,
         "num_samples": 3,
-        "sample_steps": 4,
-        "sample_timestep": 300,
+        "sample_steps": 8,
+        "sample_timestep": None,
         "output": "mean",
     }
     ratios = []

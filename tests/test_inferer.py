@@ -177,10 +177,11 @@ def test_one_window_over_everything_is_the_forward_of_the_network(sampling):
     network, mr = tiny(), volume(24, 16, 32)
     network.num_inference_steps = 3
     noise = torch.randn(1, 4, 6, 4, 8, generator=torch.Generator().manual_seed(5))
-    settings = {"window_size": (24, 16, 32), "sampling": sampling, "seed": 5, "num_inference_steps": 3}
-    ct = inferer(sample_timestep=None, **settings)(mr, network)
-    torch.testing.assert_close(ct, network(mr, noise), atol=1e-5, rtol=0)
-    torch.testing.assert_close(inferer(**settings)(mr, network), network(mr), atol=1e-5, rtol=0)  # from zeros
+    settings = {"window_size": (24, 16, 32), "sampling": sampling, "seed": 5}
+    sample = inferer(output="sample", sample_steps=3, **settings)(mr, network)
+    torch.testing.assert_close(sample, network(mr, noise), atol=1e-5, rtol=0)
+    estimate = inferer(num_inference_steps=3, **settings)(mr, network)
+    torch.testing.assert_close(estimate, network(mr), atol=1e-5, rtol=0)  # from zeros
 
 
 @torch.no_grad()
@@ -209,6 +210,14 @@ def test_samples_share_the_encoded_mr():
     network.encode = lambda *args: encoded.append(1) or encode(*args)
     inferer(num_samples=4, sample_steps=2, num_inference_steps=1)(mr, network)
     assert encoded == [1] and len(network.windows) == 1 + 4 * 2
+
+
+def test_a_timestep_that_the_schedule_does_not_have_is_refused():
+    network = Mirror()
+    network.schedule = DDIMSchedule(num_train_timesteps=100)
+    with pytest.raises(InputError, match="--sample_timestep 300: must be below num_train_timesteps, 100"):
+        inferer(sample_timestep=300)(volume(16, 16, 16), network)
+    assert inferer(sample_timestep=99, num_samples=2)(volume(16, 16, 16), network).isfinite().all()
 
 
 @torch.no_grad()
@@ -342,7 +351,7 @@ def test_another_error_is_not_taken_for_a_lack_of_memory():
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "settings, times", (({"num_samples": 3}, 2), ({"output": "sample", "num_samples": 3, "sample_timestep": None}, 1),
+    "settings, times", (({"num_samples": 3}, 2), ({"output": "sample", "num_samples": 3}, 1),
                         ({"num_inference_steps": 4}, 1)),
 )  # fmt: skip
 def test_what_depends_on_the_mr_only_is_computed_once_for_the_estimate_and_once_for_all_samples(settings, times):

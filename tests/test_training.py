@@ -126,6 +126,13 @@ def test_crops_that_train_samples_start_from_zeros_where_sampling_does():
     assert "sample_noise" not in LatentPrepareBatch(schedule)(batch, "cpu")[3]
 
 
+@pytest.mark.parametrize("settings", ({"decodes": False}, {"sample_timestep": None}, {"sample_timestep": 1000}))
+def test_samples_that_cannot_be_trained_are_refused(settings):
+    with pytest.raises(SystemExit, match="--sample_share: needs an image_weight above 0 and a sample_timestep below"):
+        OneStepEstimate(tiny_network(), sample_share=0.5, **settings)
+    OneStepEstimate(tiny_network(), **settings)
+
+
 @torch.no_grad()
 def test_training_and_inference_make_the_same_samples():
     torch.manual_seed(0)

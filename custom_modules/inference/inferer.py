@@ -35,14 +35,13 @@ class LatentSampler(Inferer):
 
     Args:
         output: ``mean``, the estimate in ``num_inference_steps``, or the first ``sample``.
-        num_inference_steps: DDIM steps of the estimate. In one step it is the mean; more steps bring it nearer to a
-            sample.
+        num_inference_steps: DDIM steps of the estimate, from zeros, the mode of the prior. In one step it is the mean;
+            more steps bring it nearer to a sample.
         num_samples: samples drawn in one pass, for which the MR is encoded once. With two or more the result has a
             second channel, the voxelwise standard deviation of the samples.
-        sample_steps: DDIM steps of each sample.
-        sample_timestep: where each sample starts: from the estimate with noise of that timestep (Eq. 11; SDEdit, Meng
-            et al. 2022). The estimate then starts from zeros, the mode of the prior. When None, all start from noise,
-            as in the paper.
+        sample_steps: DDIM steps of each sample. In one step samples from noise alone hardly differ.
+        sample_timestep: where each sample starts: from noise alone when None, as in the paper, otherwise from the
+            estimate with noise of that timestep (Eq. 11; SDEdit, Meng et al. 2022).
         seed: of the noise, which is drawn on the CPU and is therefore the same on every device. Sample k has seed + k,
             so that N samples equal those of N runs with one sample each.
         margin: image voxels added on each side by replicating the edge, so that the zero padding of the convolutions
@@ -61,8 +60,8 @@ class LatentSampler(Inferer):
         self,
         num_inference_steps: int = 1,
         num_samples: int = 1,
-        sample_steps: int = 4,
-        sample_timestep: int | None = 300,
+        sample_steps: int = 8,
+        sample_timestep: int | None = None,
         output: str = "mean",
         seed: int = 0,
         margin: int = 4,
@@ -137,17 +136,17 @@ class LatentSampler(Inferer):
         Args:
             sample: maps several such latents (K * N, ...), the number of steps and the first timestep to clean latents.
         """
-        noise = [torch.randn(z_mr.shape, generator=generator).to(z_mr) for generator in generators]
-        around = self.sample_timestep is not None  # samples start around the estimate
-        estimate, start = [], torch.cat(noise)
-        if self.output == "mean" or around:
-            estimate = [sample(torch.zeros_like(z_mr) if around else noise[0], self.num_inference_steps, None)]
+        estimate = []
+        if self.output == "mean" or self.sample_timestep is not None:
+            estimate.append(sample(torch.zeros_like(z_mr), self.num_inference_steps, None))
         if self.output == "mean" and self.num_samples == 1:
             return estimate
-        if around:
-            timesteps = torch.full((len(start),), self.sample_timestep)
-            start = schedule.add_noise(torch.cat(estimate * len(noise)), start, timesteps)
-        samples = sample(start, self.sample_steps, self.sample_timestep).chunk(len(noise))
+        z = torch.cat([torch.randn(z_mr.shape, generator=generator) for generator in generators]).to(z_mr)
+        if self.sample_timestep is not None:
+            z = schedule.add_noise(
+                torch.cat(estimate * len(generators)), z, torch.full((len(z),), self.sample_timestep)
+            )
+        samples = sample(z, self.sample_steps, self.sample_timestep).chunk(len(generators))
         return [*estimate, *samples] if self.output == "mean" else list(samples)
 
     def _summary(self, images: Iterable[Tensor]) -> Tensor:
