@@ -217,6 +217,7 @@ def trained(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train+finetune",
         **settings,
         augmented_copies=1,
+        sample_share=0.5,
         initial_checkpoint=str(root / "ldm/model.pt"),
         output_dir=str(root / "fine"),
     )

@@ -110,12 +110,14 @@ def test_the_sampler_answers_on_the_same_grid(tmp_path, infer, grid, sampling):
     assert AIR <= ct.get_fdata().min() < ct.get_fdata().max() <= 1600
 
 
-def test_the_seed_alone_decides_the_sample(tmp_path, infer):
+@pytest.mark.parametrize("output", ["sample", "mean"])
+def test_the_seed_alone_decides_the_sample_and_nothing_of_the_estimate(tmp_path, infer, output):
     path = save(tmp_path / "a.nii.gz", ramp((12, 11, 10), TWO_MM))
-    runs = [infer(path, tmp_path / str(k), seed=seed, **SMALL_WINDOWS) for k, seed in enumerate((3, 3, 4))]
+    settings = {"output": output, **SMALL_WINDOWS}
+    runs = [infer(path, tmp_path / str(k), seed=seed, **settings) for k, seed in enumerate((3, 3, 4))]
     first, again, other = (nib.load(run / "a_sct.nii.gz").get_fdata() for run in runs)
     np.testing.assert_array_equal(first, again)
-    assert (first != other).any()
+    assert (first != other).any() == (output == "sample")
 
 
 @pytest.mark.parametrize("extension", [".nrrd", ".mha"])
