@@ -273,7 +273,7 @@ PREPARATION: dict[str, Setting] = {
     "bias_correction": Setting("bool", "N4 of the MR"),
     "crop_above_shoulders": Setting("bool", "leave out head and neck, as the paper does"),
     "unpaired": Setting("bool", "patients may have a CT alone, for training on simulated MRs"),
-    "remove_contrast": Setting("bool", "take contrast medium out of the soft tissue of CTs alone"),
+    "remove_contrast": Setting("bool", "take contrast medium out of CTs alone: organs, heart, great vessels"),
     "test": Setting("float", "share of the patients", low=0, high=1),
     "validation": Setting("float", "share of the patients", low=0, high=1),
     "seed": Setting("int", "of the split", low=0, high=2**32 - 1),

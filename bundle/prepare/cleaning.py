@@ -1,4 +1,4 @@
-"""What a CT shows and no MR does: the couch under the body, and contrast medium."""
+"""The couch under the body, which a CT shows and no MR does."""
 
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ from monai.transforms import MapTransform
 from scipy import ndimage
 
 from custom_modules.data.body import fill_cavities, keep_parts, without_table
-from custom_modules.data.hu import AIR_HU, LEAN_HU, TISSUE_HU
-from custom_modules.data.regions import SMOOTH, bone_mask
+from custom_modules.data.hu import AIR_HU, TISSUE_HU
 from custom_modules.errors import InputError
 
 COARSE = 2.0  # mm, the grid on which the body is told from the couch
 PLATE = 4.0  # mm, half of what a couch's plates and a mattress' cover are thinner than, and no limb is
-NATIVE = 55.0  # HU; muscle and organs without contrast medium are seldom denser
-BLUR = 2.0  # mm, standard deviation: the noise of the CT is finer
 SKIN = 3.0  # mm kept around the body: its skin is half air, and the ball rounds its corners
 
 
@@ -30,11 +27,11 @@ def ct_body(ct: np.ndarray, spacing: np.ndarray) -> np.ndarray:
     body.
     """
     tissue = ct > TISSUE_HU
-    core = _within(~_within(~tissue, PLATE, spacing), PLATE, spacing) & tissue
+    core = within(~within(~tissue, PLATE, spacing), PLATE, spacing) & tissue
     return fill_cavities(without_table(keep_parts(core), ct), upright=True)
 
 
-def _within(mask: np.ndarray, radius: float, spacing: np.ndarray) -> np.ndarray:
+def within(mask: np.ndarray, radius: float, spacing: np.ndarray) -> np.ndarray:
     """Voxels at most ``radius`` mm from ``mask``; what may be beyond the volume adds nothing."""
     return ndimage.distance_transform_edt(~mask, sampling=spacing) <= radius if mask.any() else mask
 
@@ -53,25 +50,10 @@ class RemoveCouchd(MapTransform):
             steps = [max(1, round(COARSE / float(s))) for s in ct.pixdim]
             coarse = np.asarray(ct[0])[tuple(slice(step // 2, None, step) for step in steps)]
             spacing = np.asarray(ct.pixdim) * steps
-            body = _within(ct_body(coarse, spacing), SKIN, spacing)
+            body = within(ct_body(coarse, spacing), SKIN, spacing)
             if not body.any():
                 raise InputError(f"no body found in the CT, nothing is above {TISSUE_HU:g} HU")
             for axis, (step, size) in enumerate(zip(steps, ct.shape[1:])):
                 body = body.repeat(step, axis).take(range(size), axis, mode="clip")
             data[key] = torch.where(torch.from_numpy(body)[None], ct, float(AIR_HU))
         return data
-
-
-def remove_contrast(ct: np.ndarray, body: np.ndarray, spacing: np.ndarray) -> np.ndarray:
-    """A CT as it would be without contrast medium, nearly: (D, H, W) HU with the mask of its body.
-
-    Soft tissue, what is no bone by :func:`~custom_modules.data.regions.bone_mask`, is lowered by what it has above 55
-    HU on average around a voxel, so that the noise stays. Bone, fat and air are as before. Organs that differ by their
-    contrast medium alone become equal.
-    """
-    bone = bone_mask(ct, ndimage.gaussian_filter(ct, SMOOTH), body, tuple(spacing))
-    soft = body & ~bone & (ct > LEAN_HU)
-    sigma = BLUR / np.asarray(spacing)
-    share = ndimage.gaussian_filter(soft.astype(np.float32), sigma)
-    excess = ndimage.gaussian_filter(np.where(soft, np.maximum(ct - NATIVE, 0), 0), sigma) / np.maximum(share, 0.05)
-    return np.where(soft, ct - excess, ct)

@@ -21,7 +21,8 @@ from monai.transforms import Compose, CropForegroundd, Orientationd, ResampleToM
 from tqdm import tqdm
 
 from bundle.montage import montage
-from bundle.prepare.cleaning import RemoveCouchd, ct_body, remove_contrast
+from bundle.prepare.cleaning import RemoveCouchd, ct_body
+from bundle.prepare.contrast import remove_contrast
 from bundle.prepare.datalist import FINISHED, Limits, read_result, summarise
 from bundle.prepare.patients import Patient, find_patients, load_patient
 from bundle.prepare.registration import PARAMETERS, STAGES, crop_around, measure, measure_motion, register
@@ -198,7 +199,7 @@ def clean_ct(ct: MetaTensor, settings: Settings, notes: list[str]) -> dict[Hasha
     body = ct_body(hu, spacing)
     if settings.remove_contrast:
         hu = remove_contrast(hu, body, spacing)
-        notes.append("contrast medium taken out of soft tissue")
+        notes.append("contrast medium taken out")
     volumes = {"label": hu, "body": body.astype(np.float32)}
     data: dict[Hashable, MetaTensor] = {
         key: MetaTensor(torch.from_numpy(volume)[None], affine=label.affine) for key, volume in volumes.items()
