@@ -1,4 +1,4 @@
-"""Contrast medium, which a CT shows and no MR of ours does: taken out of CTs that are to stand without an MR."""
+"""Contrast medium, taken out of CTs without an MR: the MRs that are simulated from them do not show it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ BLOOD, NOISE = 40.0, 20.0  # HU of blood without it, and of what noise is kept
 BLUR = 2.0  # mm, standard deviation: the noise of the CT is finer
 
 # Enhanced blood is dense and even. So is the inside of some bones, but those have a rim that is as dense or denser.
-DENSE, EVEN = (250.0, 700.0), 60.0  # HU, and the standard deviation over 3 x 3 x 3 voxels
+DENSE = 250.0, 700.0  # HU
+EVEN, WINDOW = 60.0, 6.0  # HU of standard deviation at most, in cubes of so many mm
 LEAST_CORE = 3000.0  # mm3
 RIM, RIM_SHARE = (4.0, 8.0), 0.95  # mm around a core; the upper quartile there must be below this share of its median
 GROWTH = 8.0  # mm from a core to the wall of its vessel
@@ -62,9 +63,10 @@ def enhanced_blood(ct: np.ndarray, body: np.ndarray, spacing: np.ndarray) -> np.
 
 def _even_cores(ct: np.ndarray, spacing: np.ndarray) -> np.ndarray:
     """The inside of vessels and chambers in which the contrast medium is well mixed."""
-    smooth, mean = ndimage.gaussian_filter(ct, BLUR / np.asarray(spacing)), ndimage.uniform_filter(ct, 3)
-    spread = np.sqrt(np.maximum(ndimage.uniform_filter(ct**2, 3) - mean**2, 0))
-    even = (smooth > DENSE[0]) & (smooth < DENSE[1]) & (ndimage.uniform_filter(spread, 3) < EVEN)
+    box = (2 * (WINDOW / 2 // spacing) + 1).astype(int).tolist()
+    smooth, mean = ndimage.gaussian_filter(ct, BLUR / spacing), ndimage.uniform_filter(ct, box)
+    spread = np.sqrt(np.maximum(ndimage.uniform_filter(ct**2, box) - mean**2, 0))
+    even = (smooth > DENSE[0]) & (smooth < DENSE[1]) & (ndimage.uniform_filter(spread, box) < EVEN)
     even = ndimage.binary_opening(even)
     parts, _ = ndimage.label(even)
     cores, margin = np.zeros(ct.shape, bool), np.ceil(RIM[1] / spacing).astype(int) + 1
