@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from bundle.prepare.contrast import BLOOD, NATIVE, enhanced_blood, remove_contrast
 
@@ -58,6 +59,13 @@ def test_there_is_no_enhanced_blood_without_contrast_medium_or_without_lungs():
     ct, body, parts = chest(360.0, np.random.default_rng(0))
     ct[parts["lungs"]] = 40  # in a limb, what is dense and even is a bone
     assert not enhanced_blood(ct, body, SPACING).any()
+
+
+def test_as_much_blood_is_found_on_a_coarser_grid():
+    ct, body, _ = chest(360.0, np.random.default_rng(0))
+    coarse = [ndimage.zoom(volume.astype(np.float32), 2 / 3, order=1) for volume in (ct, body)]
+    found = enhanced_blood(coarse[0], coarse[1] > 0.5, np.full(3, 3.0)).sum() * 27
+    assert found == pytest.approx(enhanced_blood(ct, body, SPACING).sum() * 8, rel=0.15)
 
 
 def test_contrast_medium_goes_and_noise_bone_fat_and_air_stay():

@@ -63,7 +63,7 @@ def enhanced_blood(ct: np.ndarray, body: np.ndarray, spacing: np.ndarray) -> np.
 
 def _even_cores(ct: np.ndarray, spacing: np.ndarray) -> np.ndarray:
     """The inside of vessels and chambers in which the contrast medium is well mixed."""
-    box = (2 * (WINDOW / 2 // spacing) + 1).astype(int).tolist()
+    box = np.maximum(2 * (WINDOW / 2 // spacing) + 1, 3).astype(int).tolist()
     smooth, mean = ndimage.gaussian_filter(ct, BLUR / spacing), ndimage.uniform_filter(ct, box)
     spread = np.sqrt(np.maximum(ndimage.uniform_filter(ct**2, box) - mean**2, 0))
     even = (smooth > DENSE[0]) & (smooth < DENSE[1]) & (ndimage.uniform_filter(spread, box) < EVEN)
