@@ -63,11 +63,11 @@ def enhanced_blood(ct: np.ndarray, body: np.ndarray, spacing: np.ndarray) -> np.
 
 def _even_cores(ct: np.ndarray, spacing: np.ndarray) -> np.ndarray:
     """The inside of vessels and chambers in which the contrast medium is well mixed."""
-    box = np.maximum(2 * (WINDOW / 2 // spacing) + 1, 3).astype(int).tolist()
-    smooth, mean = ndimage.gaussian_filter(ct, BLUR / spacing), ndimage.uniform_filter(ct, box)
-    spread = np.sqrt(np.maximum(ndimage.uniform_filter(ct**2, box) - mean**2, 0))
-    even = (smooth > DENSE[0]) & (smooth < DENSE[1]) & (ndimage.uniform_filter(spread, box) < EVEN)
-    even = ndimage.binary_opening(even)
+    width = np.maximum(2 * (WINDOW / 2 // spacing) + 1, 3).astype(int).tolist()
+    smooth, mean = ndimage.gaussian_filter(ct, BLUR / spacing), ndimage.uniform_filter(ct, width)
+    spread = np.sqrt(np.maximum(ndimage.uniform_filter(ct**2, width) - mean**2, 0))
+    dense = (smooth > DENSE[0]) & (smooth < DENSE[1])
+    even = ndimage.binary_opening(dense & (ndimage.uniform_filter(spread, width) < EVEN))
     parts, _ = ndimage.label(even)
     cores, margin = np.zeros(ct.shape, bool), np.ceil(RIM[1] / spacing).astype(int) + 1
     for number, box in enumerate(ndimage.find_objects(parts), start=1):
