@@ -546,8 +546,9 @@ def test_metal_does_not_steer_the_registration_and_stays_in_the_ct(person, quick
     inside, metal = np.asarray(body[0]) > 0, np.asarray(ct[0]).copy()
     metal[metal > 600] = 30000
     found = [register(mr, like(hu, ct), inside, "rigid", quick_maps)["rigid"] for hu in (np.asarray(ct[0]), metal)]
-    moves = [dict(one.transform.GetParameterMap(0))["TransformParameters"] for one in found]
-    assert (metal > 600).any() and moves[0] == moves[1] and found[1].ct.max() > 10000
+    moves = [np.float64(dict(one.transform.GetParameterMap(0))["TransformParameters"]) for one in found]
+    assert (metal > 600).any() and found[1].ct.max() > 10000
+    np.testing.assert_allclose(moves[0], moves[1], atol=1e-3)  # threads add up in another order from run to run
 
 
 def test_a_registration_that_lowers_mutual_information_is_not_taken():
