@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage
 
+from bundle.prepare.cleaning import ct_body
 from bundle.prepare.contrast import BLOOD, NATIVE, enhanced_blood, remove_contrast
 
 SPACING = np.array([2.0, 2, 2])
@@ -66,6 +68,16 @@ def test_as_much_blood_is_found_on_a_coarser_grid():
     coarse = [ndimage.zoom(volume.astype(np.float32), 2 / 3, order=1) for volume in (ct, body)]
     found = enhanced_blood(coarse[0], coarse[1] > 0.5, np.full(3, 3.0)).sum() * 27
     assert found == pytest.approx(enhanced_blood(ct, body, SPACING).sum() * 8, rel=0.15)
+
+
+@pytest.mark.slow
+def test_of_real_cts_the_chest_in_the_arterial_phase_alone_has_enhanced_blood(real_data):
+    paths = [*(real_data / "torso_ct").glob("*.nii.gz"), *(real_data / "sts").glob("*/ct.nii.gz")]
+    for path in sorted(path for path in paths if "labels" not in path.name):
+        image = nib.as_closest_canonical(nib.load(path))
+        ct, spacing = image.get_fdata(dtype=np.float32), np.array(image.header.get_zooms(), float)
+        found = enhanced_blood(ct, ct_body(ct, spacing), spacing).sum() * spacing.prod()
+        assert found > 5e5 if path.name == "chest_contrast.nii.gz" else found == 0, path  # mm3
 
 
 def test_contrast_medium_goes_and_noise_bone_fat_and_air_stay():
